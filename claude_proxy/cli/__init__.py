@@ -1,0 +1,1 @@
+"""How the CLI is driven; nothing outside this package knows how it is spoken to."""

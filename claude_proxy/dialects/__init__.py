@@ -1,0 +1,1 @@
+"""Wire formats: a body becomes a turn request, events become frames.  Pure; no Twisted here."""

@@ -1,0 +1,66 @@
+"""Packaging of claude-code-proxy."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="claude-code-proxy",
+    use_incremental=True,
+    setup_requires=["incremental>=24.7.2"],
+    description="Claude Code behind HTTP: the claude command-line agent as a Twisted daemon",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    # The plugin directory has no __init__.py (it is shared with Twisted), so it must be named here,
+    # and package_dir makes an editable install put this directory itself on sys.path, where
+    # Twisted looks for plugins.
+    packages=[
+        "claude_proxy",
+        "claude_proxy.cli",
+        "claude_proxy.dialects",
+        "claude_proxy.sessions",
+        "claude_proxy.web",
+        "twisted.plugins",
+    ],
+    package_dir={"": "."},
+    package_data={"claude_proxy": ["py.typed"]},
+    install_requires=[
+        "incremental>=24.7.2",
+        "klein>=24.8.0",
+        "msgspec>=0.19",
+        "python-dotenv>=1.0",
+        "twisted[tls]>=24.11.0",
+        "zope.interface>=7",
+    ],
+    extras_require={
+        "dev": [
+            "httpx>=0.28",
+            "httpx-sse>=0.4",
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "mypy-zope>=1.0.13",
+            "pytest>=8",
+            "pytest-twisted>=1.14.3",
+            "ruff>=0.9",
+            "towncrier>=24.8",
+            "treq>=24.9.1",
+            "watchfiles>=1.0",
+        ],
+    },
+    classifiers=[
+        "Framework :: Twisted",
+        "License :: OSI Approved :: MIT License",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Internet :: WWW/HTTP :: HTTP Servers",
+        "Typing :: Typed",
+    ],
+)
