@@ -74,12 +74,6 @@ class Failure(Enum):
         "invalid_request_error",
         "Send the body as JSON, with the header 'Content-Type: application/json'.",
     )
-    REQUEST_TIMEOUT = _Entry(
-        "request_timeout",
-        408,
-        "invalid_request_error",
-        "The request body did not arrive in time. Send it again without pausing.",
-    )
     SERVER_BUSY = _Entry(
         "server_busy",
         429,

@@ -1,0 +1,91 @@
+"""
+What is written to the CLI's stdin: user messages, control requests, and answers to the CLI's own.
+
+Every function returns one line with its newline, ready for the pipe.  A line that the CLI cannot
+parse ends it, so nothing is ever written there but what these functions make.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+__all__ = ["ControlAnswer", "control_request", "parse_answer", "refusal", "user_message"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return _encode(message) + b"\n"
+
+
+def user_message(content: str | list[dict[str, Any]], uuid: str) -> bytes:
+    """
+    One user message.
+
+    @param content: text, or content blocks in the Messages API's form.
+    @param uuid: replayed by CLIs that can, so that a result is paired with its message.  The CLI
+        drops a second message with the same one.
+    """
+    return _line(
+        {
+            "type": "user",
+            "message": {"role": "user", "content": content},
+            "parent_tool_use_id": None,
+            "session_id": "",
+            "uuid": uuid,
+        }
+    )
+
+
+def control_request(request_id: str, subtype: str, fields: dict[str, Any] | None = None) -> bytes:
+    """One request of ours on the control channel, for example ``initialize`` or ``interrupt``."""
+    return _line(
+        {
+            "type": "control_request",
+            "request_id": request_id,
+            "request": {"subtype": subtype, **(fields or {})},
+        }
+    )
+
+
+def refusal(line: bytes) -> bytes | None:
+    """
+    The answer to a control request of the CLI's that this server did not ask to be sent.
+
+    Unanswered, such a request would hold the turn for ever.
+
+    @return: the answer's line, or None if `line` carries no request id to answer to.
+    """
+    request_id = msgspec.json.decode(line).get("request_id")
+    if not isinstance(request_id, str):
+        return None
+    error = "claude-proxy does not answer this kind of control request"
+    return _line(
+        {
+            "type": "control_response",
+            "response": {"subtype": "error", "request_id": request_id, "error": error},
+        }
+    )
+
+
+class ControlAnswer(msgspec.Struct, frozen=True):
+    """The CLI's answer to one control request of ours; `error` is None on success."""
+
+    request_id: str
+    error: str | None
+
+
+def parse_answer(line: bytes) -> ControlAnswer | None:
+    """Read a ``control_response`` line; None if it lacks what an answer must have."""
+    response = msgspec.json.decode(line).get("response")
+    if not isinstance(response, dict):
+        return None
+    request_id = response.get("request_id")
+    if not isinstance(request_id, str):
+        return None
+    if response.get("subtype") == "success":
+        return ControlAnswer(request_id, None)
+    error = response.get("error")
+    return ControlAnswer(request_id, error if isinstance(error, str) else "unknown error")

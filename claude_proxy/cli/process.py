@@ -1,0 +1,331 @@
+"""
+One running agent process.
+
+`AgentProcess` forwards: bytes become events for the listener, facts become inputs of the lifecycle
+table, and the table's actions become signals and closed pipes.  It owns one timer, the wait of the
+present rung of the kill ladder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure as TwistedFailure
+
+from claude_proxy.cli import control
+from claude_proxy.cli.command import clean_stderr
+from claude_proxy.cli.events import Event, parse_event
+from claude_proxy.cli.framing import LineFramer, LineTooLongError
+from claude_proxy.cli.lifecycle import Action, Input, Lifecycle, State
+from claude_proxy.cli.outcomes import Ending
+from claude_proxy.interfaces import IAgentListener
+
+__all__ = ["POLITE_WAIT", "AgentProcess"]
+
+POLITE_WAIT = 1.0
+"""Seconds that every rung of the ladder but TERM waits for the process to go."""
+
+_STDERR_KEPT = 64 * 1024
+"""How many of the last bytes of stderr are kept for the error message."""
+
+
+class _Pipe(Protocol):
+    """The reading end of a child's stdout, as Twisted provides it."""
+
+    def pauseProducing(self) -> None: ...
+
+    def resumeProducing(self) -> None: ...
+
+
+class AgentProcess(ProcessProtocol):
+    """
+    The protocol of one CLI process.
+
+    @ivar pid: the process's id, also the id of its process group; None before the start.
+    """
+
+    _log = Logger(namespace="claude_proxy.cli")
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        listener: IAgentListener,
+        *,
+        has_control: bool,
+        kill_timeout: float,
+        line_limit: int,
+        log_context: dict[str, object],
+    ) -> None:
+        """
+        @param has_control: it takes control requests.
+        @param kill_timeout: seconds between TERM and KILL.
+        @param line_limit: longest line accepted from it, in bytes.
+        @param log_context: fields for every log record about it.
+        """
+        self.pid: int | None = None
+        self._clock = clock
+        self._listener = listener
+        self._has_control = has_control
+        self._kill_timeout = kill_timeout
+        self._framer = LineFramer(line_limit)
+        self._lifecycle = Lifecycle()
+        self._log_context = log_context
+        self._wait_timer: IDelayedCall | None = None
+        self._paused = False
+        self._discarding = False
+        self._last_output = 0.0
+        self._stderr = bytearray()
+        self._reason: TwistedFailure | None = None
+        self._fault: str | None = None
+        self._requests_made = 0
+        self._gone: list[Deferred[None]] = []
+
+    # What the turn asks for.
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is gone, or was given up."""
+        return self._lifecycle.state in (State.GONE, State.LOST)
+
+    def when_gone(self) -> Deferred[None]:
+        """Fire when the process is gone, or given up; never fails."""
+        if self.ended:
+            return succeed(None)
+        gone: Deferred[None] = Deferred()
+        self._gone.append(gone)
+        return gone
+
+    def write(self, data: bytes) -> None:
+        """Write to its stdin; a process that is gone takes nothing any more."""
+        if self.transport is not None and not self.ended:
+            self.transport.write(data)
+
+    def request(self, subtype: str, fields: dict[str, Any] | None = None) -> None:
+        """Send a control request; an answer that is an error is logged."""
+        self._requests_made += 1
+        self.write(control.control_request(f"req_{self._requests_made}", subtype, fields))
+
+    def finish(self) -> None:
+        """Let it leave by itself: its last result has been read."""
+        self._happened(Input.FINISH)
+
+    def stop(self) -> None:
+        """Make it end, politely first; what it still writes is read and dropped."""
+        self._happened(Input.STOP if self._has_control else Input.TERMINATE)
+
+    def pause(self) -> None:
+        """Stop reading its stdout, so that it blocks when the pipe is full.  stderr is read on."""
+        if not self._discarding:
+            self._paused = True
+            self._stdout("pauseProducing")
+
+    def resume(self) -> None:
+        """Read its stdout again."""
+        if self._paused:
+            self._paused = False
+            self._last_output = self._clock.seconds()
+            self._stdout("resumeProducing")
+
+    # What Twisted tells.
+
+    def connectionMade(self) -> None:
+        assert self.transport is not None  # noqa: S101 - Twisted sets it before this call
+        self.pid = self.transport.pid
+
+    def outReceived(self, data: bytes) -> None:
+        self._last_output = self._clock.seconds()
+        if self._fault is not None:
+            return
+        try:
+            lines = self._framer.feed(data)
+        except LineTooLongError:
+            self._fail("it wrote a line longer than this server accepts")
+            return
+        if lines:
+            self._lines_received(lines)
+
+    def errReceived(self, data: bytes) -> None:
+        self._stderr += data
+        if len(self._stderr) > 2 * _STDERR_KEPT:
+            del self._stderr[:-_STDERR_KEPT]
+
+    def processExited(self, reason: TwistedFailure) -> None:
+        self._reason = reason
+        self._happened(Input.EXITED)
+
+    def processEnded(self, reason: TwistedFailure) -> None:
+        self._reason = reason
+        rest = self._framer.finish()
+        if rest and self._fault is None:
+            # Its newline never came: it counts if it is whole, as it does for the CLI itself.
+            self._lines_received([rest])
+        self._happened(Input.ENDED)
+
+    # What becomes of it.
+
+    def _lines_received(self, lines: list[bytes]) -> None:
+        events = []
+        for line in lines:
+            event = parse_event(line)
+            if event is None:
+                self._not_an_event(line)
+            elif event.type.startswith("control_"):
+                self._control_received(event)
+            else:
+                events.append(event)
+                if event.type == "result":
+                    self._happened(Input.RESULT)
+        if events and not self._discarding:
+            self._listener.events_received(events)
+
+    def _not_an_event(self, line: bytes) -> None:
+        if line.strip():
+            self._log.warn(
+                "a line of {length} bytes on the CLI's stdout is no event and was left out",
+                type="stray_output",
+                length=len(line),
+                pid=self.pid,
+                **self._log_context,
+            )
+
+    def _control_received(self, event: Event) -> None:
+        if event.type == "control_request":
+            answer = control.refusal(event.line)
+            if answer is not None:
+                self.write(answer)
+        elif event.type == "control_response":
+            answered = control.parse_answer(event.line)
+            if answered is not None and answered.error is not None:
+                self._log.warn(
+                    "the CLI refused the control request {control_id}: {error}",
+                    type="control_refused",
+                    control_id=answered.request_id,
+                    error=answered.error,
+                    pid=self.pid,
+                    **self._log_context,
+                )
+
+    def _fail(self, fault: str) -> None:
+        self._fault = fault
+        self._happened(Input.TERMINATE)
+
+    def _happened(self, happened: Input) -> None:
+        for action in self._lifecycle.handle(happened):
+            _PERFORM[action](self)
+
+    def _wait(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._wait_timer = self._clock.callLater(seconds, self._waited)
+
+    def _stop_waiting(self) -> None:
+        if self._wait_timer is not None:
+            self._wait_timer.cancel()
+            self._wait_timer = None
+
+    def _waited(self) -> None:
+        self._wait_timer = None
+        if self._lifecycle.state is State.DRAINING:
+            # What a process left in its pipe is its client's: it is not cut off while it flows, or
+            # while the client is slow to take it.  (A client that stalls ends the turn elsewhere.)
+            idle = self._clock.seconds() - self._last_output
+            if self._paused:
+                self._wait(POLITE_WAIT)
+                return
+            if idle < POLITE_WAIT:
+                self._wait(POLITE_WAIT - idle)
+                return
+        self._happened(Input.TIMEOUT)
+
+    def _stdout(self, method: str) -> None:
+        pipes: dict[int, _Pipe] = getattr(self.transport, "pipes", {})
+        pipe = pipes.get(1)
+        if pipe is not None:
+            getattr(pipe, method)()
+
+    def _discard_output(self) -> None:
+        self._discarding = True
+        self.resume()
+
+    def _send_interrupt(self) -> None:
+        self.request("interrupt")
+
+    def _close_stdin(self) -> None:
+        if self.transport is not None:
+            self.transport.closeStdin()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Signal the group: while the leader is not reaped, or once in `processExited`."""
+        if self.pid is None:
+            return
+        self._log.info(
+            "sent {signal} to the process group {pid}",
+            type="process_signal",
+            signal=number.name,
+            pid=self.pid,
+            **self._log_context,
+        )
+        with suppress(ProcessLookupError, PermissionError, ProcessExitedAlready):
+            os.killpg(self.pid, number)
+
+    def _signal_kill(self) -> None:
+        if self._lifecycle.state is State.DRAINING:
+            # The leader is reaped; only what it left in its group is meant, mostly nothing.
+            if self.pid is not None:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            return
+        self._signal(signal.SIGKILL)
+
+    def _close_pipes(self) -> None:
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+    def _report(self, *, lost: bool = False) -> None:
+        stderr = clean_stderr(self._stderr[-_STDERR_KEPT:].decode("utf-8", "replace"))
+        value: Any = None if self._reason is None else self._reason.value
+        ending = Ending(
+            exit_code=getattr(value, "exitCode", None),
+            signal=getattr(value, "signal", None),
+            stderr=stderr,
+            fault=self._fault,
+            lost=lost,
+        )
+        level = self._log.error if lost else self._log.info
+        level(
+            "agent process {pid} ended: {ending}",
+            type="process_exit",
+            pid=self.pid,
+            ending=ending.describe(),
+            **self._log_context,
+        )
+        self._listener.agent_ended(ending)
+        waiting, self._gone = self._gone, []
+        for gone in waiting:
+            gone.callback(None)
+
+    def _report_lost(self) -> None:
+        self._report(lost=True)
+
+
+_PERFORM: dict[Action, Callable[[AgentProcess], None]] = {
+    Action.DISCARD_OUTPUT: AgentProcess._discard_output,  # noqa: SLF001 - its own methods
+    Action.SEND_INTERRUPT: AgentProcess._send_interrupt,  # noqa: SLF001
+    Action.CLOSE_STDIN: AgentProcess._close_stdin,  # noqa: SLF001
+    Action.SIGNAL_TERM: lambda agent: agent._signal(signal.SIGTERM),  # noqa: SLF001
+    Action.SIGNAL_KILL: AgentProcess._signal_kill,  # noqa: SLF001
+    Action.CLOSE_PIPES: AgentProcess._close_pipes,  # noqa: SLF001
+    Action.WAIT_POLITE: lambda agent: agent._wait(POLITE_WAIT),  # noqa: SLF001
+    Action.WAIT_KILL: lambda agent: agent._wait(agent._kill_timeout),  # noqa: SLF001
+    Action.STOP_WAITING: AgentProcess._stop_waiting,  # noqa: SLF001
+    Action.REPORT_GONE: AgentProcess._report,  # noqa: SLF001
+    Action.REPORT_LOST: AgentProcess._report_lost,  # noqa: SLF001
+}

@@ -1,0 +1,142 @@
+"""
+Ending what an agent process leaves behind.
+
+The CLI's Bash tool starts each command in a session of its own, which no signal to the CLI or its
+group reaches; some survive even the CLI's polite end.  But everything that descends from an agent
+process carries our marker in its environment, and /proc shows it.  Where there is no /proc (macOS)
+nothing is swept.
+
+The functions that look through /proc block; `Sweeper` runs them in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorThreads
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+
+from claude_proxy.cli.command import MARKER
+
+__all__ = ["Sweeper", "end_marked"]
+
+_PROC = Path("/proc")
+_PASSES = 3
+"""A process may fork while the list is read; what it forked is found by the next pass."""
+
+_PREFIX = MARKER.encode() + b"="
+
+
+def _marker_of(pid: str) -> str | None:
+    """The marker in a process's environment; None without one, or if the process is not ours."""
+    try:
+        environment = (_PROC / pid / "environ").read_bytes()
+    except OSError:
+        return None
+    for entry in environment.split(b"\0"):
+        if entry.startswith(_PREFIX):
+            return entry[len(_PREFIX) :].decode("utf-8", "replace")
+    return None
+
+
+def _end_one(pid: str, wanted: Callable[[str], bool]) -> bool:
+    """
+    Kill one process if its marker is wanted.
+
+    The pid may change hands at any moment: the process is held by a descriptor first, and its
+    marker read again before it is signalled by that descriptor.
+    """
+    try:
+        held = os.pidfd_open(int(pid))
+    except OSError:
+        return False
+    try:
+        marker = _marker_of(pid)
+        if marker is None or not wanted(marker):
+            return False
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(held, signal.SIGKILL)
+        return True
+    finally:
+        os.close(held)
+
+
+def end_marked(wanted: Callable[[str], bool]) -> int:
+    """
+    Kill every process whose marker is wanted, but never this one; return how many.  Blocks.
+    """
+    if not _PROC.is_dir() or not hasattr(os, "pidfd_open"):
+        return 0
+    own = str(os.getpid())
+    ended = 0
+    for _ in range(_PASSES):
+        marked = [
+            entry.name
+            for entry in _PROC.iterdir()
+            if entry.name.isdigit()
+            and entry.name != own
+            and (marker := _marker_of(entry.name)) is not None
+            and wanted(marker)
+        ]
+        if not marked:
+            break
+        ended += sum(_end_one(pid, wanted) for pid in marked)
+    return ended
+
+
+class Sweeper:
+    """Runs sweeps in a thread, one at a time; markers that come meanwhile share the next one."""
+
+    _log = Logger(namespace="claude_proxy.cli")
+
+    def __init__(self, reactor: IReactorThreads) -> None:
+        self._reactor = reactor
+        self._markers: set[str] = set()
+        self._busy = False
+        self._waiting: list[Deferred[None]] = []
+
+    def sweep(self, marker: str) -> None:
+        """End, soon, what carries exactly this marker."""
+        self._markers.add(marker)
+        if not self._busy:
+            self._busy = True
+            Deferred.fromCoroutine(self._work())
+
+    async def finish(self) -> None:
+        """Wait until nothing is left to sweep."""
+        if self._busy:
+            idle: Deferred[None] = Deferred()
+            self._waiting.append(idle)
+            await idle
+
+    async def sweep_where(self, wanted: Callable[[str], bool]) -> int:
+        """End what carries a wanted marker; return how many processes there were."""
+        pool = cast(Any, self._reactor).getThreadPool()
+        try:
+            ended: int = await deferToThreadPool(self._reactor, pool, end_marked, wanted)
+        except OSError as error:
+            self._log.error("could not sweep: {error}", type="sweep_failed", error=str(error))
+            return 0
+        if ended:
+            self._log.warn(
+                "ended {count} processes that agents had left behind",
+                type="sweep",
+                count=ended,
+            )
+        return ended
+
+    async def _work(self) -> None:
+        while self._markers:
+            markers, self._markers = frozenset(self._markers), set()
+            await self.sweep_where(markers.__contains__)
+        self._busy = False
+        waiting, self._waiting = self._waiting, []
+        for idle in waiting:
+            idle.callback(None)

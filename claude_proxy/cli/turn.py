@@ -1,0 +1,208 @@
+"""
+One turn on an agent process: one user message and everything up to its result.
+
+A turn has two clocks beside the process's own ladder: the limit of the whole turn, and the longest
+silence of the CLI, which stands still while the client is the slow one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from zope.interface import implementer
+
+from claude_proxy.cli.events import Event
+from claude_proxy.cli.outcomes import (
+    Ending,
+    Figures,
+    Outcome,
+    OutcomeKind,
+    outcome_of_ending,
+    outcome_of_result,
+)
+from claude_proxy.cli.process import AgentProcess
+from claude_proxy.errors import Failure, ProxyError
+from claude_proxy.interfaces import IAgentListener, ITurnObserver
+
+__all__ = ["Limits", "Turn"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a turn may take, and how long the CLI may be silent in it, in seconds."""
+
+    total: float
+    inactivity: float
+
+
+class _State(Enum):
+    WAITING = auto()
+    """The message is sent, no event has come."""
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@implementer(IAgentListener)
+class Turn:
+    """
+    Follows one turn and ends it exactly once.
+
+    @ivar done: fires with the `Outcome`; never fails.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        observer: ITurnObserver,
+        limits: Limits,
+        *,
+        requested: float,
+        begun: Callable[[str | None], None],
+    ) -> None:
+        """
+        @param requested: when the request came, by `clock`: figures count from then.
+        @param begun: called with the session's id when the CLI has taken the message.
+        """
+        self.done: Deferred[Outcome] = Deferred()
+        self._clock = clock
+        self._observer = observer
+        self._limits = limits
+        self._requested = requested
+        self._begun: Callable[[str | None], None] | None = begun
+        self._state = _State.WAITING
+        self._agent: AgentProcess | None = None
+        self._session_id: str | None = None
+        self._refused = False
+        self._retry_after: int | None = None
+        self._figures = Figures()
+        self._paused = False
+        self._last_heard = 0.0
+        self._total_timer: IDelayedCall | None = None
+        self._inactivity_timer: IDelayedCall | None = None
+
+    def start(self, agent: AgentProcess, lines: bytes) -> None:
+        """Send the message; from now on the clocks run."""
+        self._agent = agent
+        self._last_heard = self._clock.seconds()
+        self._total_timer = self._clock.callLater(self._limits.total, self._took_too_long)
+        self._inactivity_timer = self._clock.callLater(self._limits.inactivity, self._was_silent)
+        agent.write(lines)
+
+    def stop(self, reason: ProxyError | None) -> None:
+        """End the turn now; `reason` is None if its client has left."""
+        if self._state is _State.ENDED:
+            return
+        kind = OutcomeKind.ABANDONED if reason is None else OutcomeKind.FAILURE
+        self._end(Outcome(kind, reason))
+        if self._agent is not None:
+            self._agent.stop()
+
+    def pause(self) -> None:
+        """The client is slow: read nothing, and do not count the silence against the CLI."""
+        if self._state is not _State.ENDED and self._agent is not None:
+            self._paused = True
+            self._agent.pause()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._paused and self._agent is not None:
+            self._paused = False
+            self._last_heard = self._clock.seconds()
+            self._agent.resume()
+
+    # What the agent process tells.
+
+    def events_received(self, events: list[Event]) -> None:
+        if self._state is _State.ENDED:
+            return
+        now = self._last_heard = self._clock.seconds()
+        if self._state is _State.WAITING:
+            self._state = _State.RUNNING
+            self._figures = replace(self._figures, first_event=now - self._requested)
+        for position, event in enumerate(events):
+            if event.type == "stream_event" or event.type == "assistant":  # noqa: PLR1714 - hot
+                if self._figures.first_token is None:
+                    self._figures = replace(self._figures, first_token=now - self._requested)
+            elif event.type == "result":
+                self._result_received(events[: position + 1])
+                return
+            elif event.type == "system":
+                if not self._system_received(event, events[: position + 1]):
+                    return
+            elif event.type == "rate_limit_event":
+                self._limit_received(event)
+        self._observer.turn_events(events)
+
+    def agent_ended(self, ending: Ending) -> None:
+        if self._state is not _State.ENDED:
+            self._end(outcome_of_ending(ending, spoke=self._state is _State.RUNNING))
+
+    def _system_received(self, event: Event, so_far: list[Event]) -> bool:
+        """Take note of what concerns the turn as a whole; False if it ended here."""
+        if event.subtype == "init":
+            self._session_id = event.session_id
+            if self._begun is not None:
+                begun, self._begun = self._begun, None
+                begun(event.session_id)
+        elif event.subtype == "model_refusal_no_fallback":
+            self._refused = True
+        elif event.subtype == "api_retry" and event.fields().get("error_status") == 401:  # noqa: PLR2004 - Unauthorized
+            # The CLI would try the same key ten times more, for three minutes.
+            self._observer.turn_events(so_far)
+            self.stop(ProxyError(Failure.CLI_NOT_AUTHENTICATED))
+            return False
+        return True
+
+    def _limit_received(self, event: Event) -> None:
+        info = event.fields().get("rate_limit_info")
+        resets_at = info.get("resetsAt") if isinstance(info, dict) else None
+        if isinstance(resets_at, (int, float)):
+            self._retry_after = max(1, math.ceil(resets_at - self._clock.seconds()))
+
+    def _result_received(self, events: list[Event]) -> None:
+        self._observer.turn_events(events)
+        if self._state is _State.ENDED:
+            return
+        result = events[-1]
+        outcome = outcome_of_result(result, refused=self._refused, retry_after=self._retry_after)
+        self._end(outcome)
+        if self._agent is not None:
+            self._agent.finish()
+
+    # Its ends.
+
+    def _took_too_long(self) -> None:
+        self._total_timer = None
+        message = (
+            f"The turn took longer than the {self._limits.total:g} seconds that this server allows "
+            "(CLAUDE_TOTAL_TIMEOUT_MS) and was stopped."
+        )
+        self.stop(ProxyError(Failure.TURN_TIMEOUT, message))
+
+    def _was_silent(self) -> None:
+        self._inactivity_timer = None
+        silent = 0.0 if self._paused else self._clock.seconds() - self._last_heard
+        left = self._limits.inactivity - silent
+        if left > 0:
+            # Re-armed here rather than at each event: events come by the hundred thousand.
+            self._inactivity_timer = self._clock.callLater(left, self._was_silent)
+            return
+        message = (
+            f"The Claude CLI was silent for the {self._limits.inactivity:g} seconds that this "
+            "server allows (CLAUDE_INACTIVITY_TIMEOUT_MS) and was stopped."
+        )
+        self.stop(ProxyError(Failure.INACTIVITY_TIMEOUT, message))
+
+    def _end(self, outcome: Outcome) -> None:
+        self._state = _State.ENDED
+        for timer in (self._total_timer, self._inactivity_timer):
+            if timer is not None:
+                timer.cancel()
+        self._total_timer = self._inactivity_timer = None
+        session_id = outcome.session_id or self._session_id
+        self.done.callback(replace(outcome, figures=self._figures, session_id=session_id))

@@ -1,0 +1,272 @@
+"""
+``twistd claude-proxy``: its options, and the one place where everything is wired together.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import uuid4
+
+from twisted.application.service import IService
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import ILogObserver, Logger
+from twisted.python import usage
+
+from claude_proxy.cli.probe import CliProbe
+from claude_proxy.cli.sweep import Sweeper
+from claude_proxy.cli.turn import Limits
+from claude_proxy.service import ProxyService
+from claude_proxy.sessions.book import SessionBook
+from claude_proxy.sessions.executor import Executor, ExecutorSettings
+from claude_proxy.sessions.leases import Leases
+from claude_proxy.sessions.mcp import McpConfigError, McpServers
+from claude_proxy.sessions.statelock import StateInUse, StateLock
+from claude_proxy.sessions.store import Store
+from claude_proxy.sessions.workspaces import Workspaces
+from claude_proxy.settings import (
+    SETTINGS,
+    Setting,
+    Settings,
+    SettingsError,
+    load_settings,
+    read_dotenv,
+)
+from claude_proxy.web.api import JSON_PATHS, PUBLIC_PATHS, Api
+from claude_proxy.web.auth import Authenticator, Origins
+from claude_proxy.web.health import Check, HealthReport, check_cli, check_mcp, check_workspace
+from claude_proxy.web.logs import make_observer, open_log_file
+from claude_proxy.web.site import Gate, ProxySite
+
+__all__ = ["Options", "makeService"]
+
+_log = Logger(namespace="claude_proxy.server")
+
+_LINE_LIMIT = 64 * 1024 * 1024
+"""The longest line accepted from the CLI, in bytes; more if larger bodies are: it repeats them."""
+
+_DEMO_CLI = Path(__file__).parent / "cli" / "demo.py"
+
+_SECRET_VARIABLES = (
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "CLAUDE_CODE_OAUTH_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_BEARER_TOKEN_BEDROCK",
+)
+"""What is blotted out wherever it should ever appear in a log record."""
+
+
+def _describe(setting: Setting) -> str:
+    facts = [setting.variable]
+    if setting.unit:
+        facts.append(f"in {setting.unit}")
+    if setting.default:
+        facts.append(f"default {setting.default}")
+    return f"{setting.help} [{'; '.join(facts)}]"
+
+
+class Options(usage.Options):
+    """The command line; each option has an environment variable that means the same."""
+
+    synopsis = "[options]"
+    optFlags: ClassVar[list[list[str | None]]] = [
+        ["demo", None, "Serve the built-in demonstration instead of the Claude CLI."],
+    ]
+    # No defaults here: a flag that is not given must not win over the environment.
+    optParameters: ClassVar[list[list[str | None]]] = [
+        [setting.flag, None, None, _describe(setting)]
+        for setting in SETTINGS
+        if setting.flag is not None
+    ]
+    longdesc = (
+        "Every setting can be given as an option, as an environment variable (in brackets), or in "
+        "a file .env in the working directory; the option wins, then the environment. "
+        "Keys have no option, because options show in ps: "
+    ) + " ".join(_describe(setting) for setting in SETTINGS if setting.flag is None)
+
+
+def makeService(options: Options) -> IService:
+    """
+    Build the service.
+
+    @raise SystemExit: something in the settings is wrong; its text names all of it.
+    """
+    from twisted.internet import reactor  # noqa: PLC0415 - the one place that touches it
+
+    try:
+        flags = {name: options[name] for name in options if name != "demo"}
+        settings = load_settings(flags, os.environ, read_dotenv(Path(".env")), Path.cwd())
+        mcp = McpServers(settings.mcp_config_path, named=settings.mcp_config_named)
+        endpoint = _endpoint(reactor, settings.listen)
+    except (SettingsError, McpConfigError) as error:
+        raise SystemExit(f"claude-proxy did not start. {error}") from None
+    demo = bool(options["demo"])
+    if demo:
+        settings = _for_demonstration(settings)
+    return _Builder(reactor, settings, mcp, demo=demo).build(
+        endpoint, _observer(settings, options.parent)
+    )
+
+
+def _endpoint(reactor: Any, listen: str) -> IStreamServerEndpoint:
+    try:
+        endpoint: IStreamServerEndpoint = serverFromString(reactor, listen)
+    except (ValueError, IndexError, TypeError, OSError) as error:
+        raise SettingsError([f"LISTEN={listen} is no usable endpoint: {error}"]) from None
+    return endpoint
+
+
+def _for_demonstration(settings: Settings) -> Settings:
+    """The demonstration has its own program and its own state: the two never mix."""
+    state = settings.state_path / "demo"
+    environment = {
+        **settings.child_environment,
+        "CLAUDE_PROXY_DEMO_DIR": str(state / "transcripts"),
+    }
+    return replace(
+        settings,
+        claude_cli=(sys.executable, "-I", "-S", str(_DEMO_CLI)),
+        state_path=state,
+        child_environment=environment,
+    )
+
+
+def _observer(settings: Settings, twistd_options: Any) -> ILogObserver | None:
+    """All records in our format; unless twistd was told where else they go."""
+    if twistd_options is None or twistd_options.get("logger") or twistd_options.get("syslog"):
+        return None
+    named = (settings.child_environment.get(name, "") for name in _SECRET_VARIABLES)
+    return make_observer(
+        open_log_file(twistd_options),
+        production=settings.production,
+        level=settings.log_level,
+        secrets=[*(key.secret for key in settings.keys), *filter(None, named)],
+    )
+
+
+class _Builder:
+    """Puts the parts together, lower layers first."""
+
+    def __init__(self, reactor: Any, settings: Settings, mcp: McpServers, *, demo: bool) -> None:
+        self._reactor = reactor
+        self._settings = settings
+        self._mcp = mcp
+        self._demo = demo
+        self._workspaces = Workspaces(settings.workspace_base)
+        self._probe = CliProbe(reactor, reactor, settings.claude_cli, settings.child_environment)
+        self._sweeper = Sweeper(reactor)
+        self._started = reactor.seconds()
+
+    def build(self, endpoint: IStreamServerEndpoint, observer: ILogObserver | None) -> ProxyService:
+        settings, reactor = self._settings, self._reactor
+        lock = self._lock_state()
+        store = Store(settings.state_path / "state.sqlite3" if lock else None, reactor)
+        book = SessionBook(store, adopt_unknown=len(settings.keys) <= 1)
+        run_directory = Path(tempfile.mkdtemp(prefix="claude-proxy-"))
+        executor = self._executor(book, lock, run_directory)
+        api = Api(executor, self._health(), reactor, stall_timeout=settings.client_stall_timeout)
+        site = ProxySite(api.app.resource(), self._gate(), reactor)
+        return ProxyService(
+            reactor,
+            settings,
+            endpoint,
+            site,
+            executor=executor,
+            book=book,
+            probe=self._probe,
+            mcp=self._mcp,
+            sweeper=self._sweeper,
+            store=store,
+            make_memory_store=lambda: Store(None, reactor),
+            state_lock=lock,
+            run_directory=run_directory,
+            observer=observer,
+            demo=self._demo,
+        )
+
+    def _lock_state(self) -> StateLock | None:
+        """Take the state directory for this process; None, and a record, if it is not usable."""
+        lock = StateLock(self._settings.state_path)
+        try:
+            lock.acquire()
+        except StateInUse as error:
+            raise SystemExit(f"claude-proxy did not start. {error}") from None
+        except OSError as error:
+            _log.error(
+                "{path} cannot hold the server's state: {error}. Sessions are remembered until "
+                "the server stops, no longer. Make it writable, or set STATE_PATH.",
+                type="state_unusable",
+                path=str(self._settings.state_path),
+                error=error.strerror,
+            )
+            return None
+        return lock
+
+    def _executor(self, book: SessionBook, lock: StateLock | None, run: Path) -> Executor:
+        settings = self._settings
+        state_id, run_id = (lock.state_id, lock.run_id) if lock else (uuid4().hex, uuid4().hex)
+        return Executor(
+            self._reactor,
+            self._reactor,
+            ExecutorSettings(
+                limits=Limits(settings.total_timeout, settings.inactivity_timeout),
+                kill_timeout=settings.kill_timeout,
+                line_limit=max(_LINE_LIMIT, 2 * settings.max_body_bytes),
+                environment=settings.child_environment,
+                allow_skip_permissions=settings.allow_skip_permissions,
+                workspace_hooks=settings.workspace_hooks,
+                run_directory=run,
+                marker=f"{state_id}.{run_id}",
+            ),
+            book=book,
+            leases=Leases(
+                self._reactor,
+                queue_length=settings.queue_length,
+                queue_timeout=settings.queue_timeout,
+            ),
+            workspaces=self._workspaces,
+            mcp=self._mcp,
+            probe=self._probe,
+            sweeper=self._sweeper,
+        )
+
+    def _gate(self) -> Gate:
+        settings = self._settings
+        authenticator = Authenticator(settings.keys)
+        return Gate(
+            authenticator=authenticator,
+            origins=Origins(
+                allowed=settings.cors_origins,
+                hosts=settings.allowed_hosts,
+                open=not authenticator.required,
+            ),
+            public=PUBLIC_PATHS,
+            json_paths=JSON_PATHS,
+            max_body=settings.max_body_bytes,
+        )
+
+    def _health(self) -> HealthReport:
+        async def cli() -> Check:
+            return check_cli(await self._probe.report(), demo=self._demo)
+
+        async def workspace() -> Check:
+            pool = self._reactor.getThreadPool()
+            return check_workspace(
+                await deferToThreadPool(self._reactor, pool, self._workspaces.probe)
+            )
+
+        async def mcp() -> Check:
+            return check_mcp(self._mcp.config)
+
+        return HealthReport(
+            {"claudeCli": cli, "workspace": workspace, "mcpConfig": mcp},
+            uptime=lambda: self._reactor.seconds() - self._started,
+        )

@@ -1,0 +1,318 @@
+"""
+The HTTP server: requests are looked at as soon as their head has arrived.
+
+Keys, origins, content type and length are checked before any of a body is read; the length again
+while it is read.  What is refused is answered at once, in JSON; the rest of its body is read and
+dropped for a moment, because a connection that is closed on unread data takes its answer with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from tempfile import SpooledTemporaryFile
+from time import monotonic
+from typing import IO, Any, cast
+from uuid import uuid4
+
+import msgspec
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+from twisted.web.resource import IResource
+from twisted.web.server import Request, Site
+
+from claude_proxy import __version__
+from claude_proxy.errors import Failure, ProxyError
+from claude_proxy.web.auth import Authenticator, Origins, presented_key
+from claude_proxy.web.logs import mask_key
+
+__all__ = ["Gate", "ProxyRequest", "ProxySite", "prepare_error", "prepare_json"]
+
+_LINGER = 2.0
+"""Seconds for which the rest of a refused body is still read and dropped."""
+
+_IN_MEMORY = 1024 * 1024
+"""The part of a body that is kept in memory, in bytes; a longer one goes to a temporary file."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+_PREFLIGHT_AGE = b"600"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """
+    Decides by a request's head whether it may come in.
+
+    @ivar public: paths that need no key.
+    @ivar json_paths: paths that take a JSON body by POST.
+    @ivar max_body: largest body, in bytes.
+    """
+
+    authenticator: Authenticator
+    origins: Origins
+    public: frozenset[str]
+    json_paths: frozenset[str]
+    max_body: int
+
+    def admit(self, method: str, path: str, head: Callable[[str], str | None]) -> str | None:
+        """
+        Let a request in.
+
+        @param head: gives a header's value by its name.
+        @return: the tenant; None for what needs none.
+        @raise ProxyError: it may not come in.
+        """
+        self.origins.check(head("host"), head("origin"))
+        if path in self.public or is_preflight(method, head):
+            return None
+        return self.authenticator.tenant(presented_key(head("authorization"), head("x-api-key")))
+
+    def check_body(self, method: str, path: str, content_type: str | None, length: int) -> None:
+        """
+        Look at what the head says of the body.
+
+        @param length: of the body as far as it is known, in bytes.
+        @raise ProxyError: REQUEST_TOO_LARGE or UNSUPPORTED_MEDIA_TYPE.
+        """
+        if length > self.max_body:
+            raise self.too_large()
+        if method == "POST" and path in self.json_paths:
+            media_type = (content_type or "").partition(";")[0].strip().lower()
+            if media_type != "application/json":
+                raise ProxyError(Failure.UNSUPPORTED_MEDIA_TYPE)
+
+    def too_large(self) -> ProxyError:
+        """The error for a body over the limit."""
+        message = (
+            f"The request body is larger than the {self.max_body} bytes that this server takes."
+        )
+        return ProxyError(Failure.REQUEST_TOO_LARGE, message)
+
+
+def is_preflight(method: str, head: Callable[[str], str | None]) -> bool:
+    """Whether a browser asks by this request if another one is allowed (CORS)."""
+    return method == "OPTIONS" and head("access-control-request-method") is not None
+
+
+class ProxyRequest(Request):
+    """
+    One request.
+
+    @ivar request_id: the client's ``X-Request-Id`` if it is a plain one, else made up here.
+    @ivar tenant: whose request it is; set for everything that needs a key.
+    """
+
+    _log = Logger(namespace="claude_proxy.web")
+
+    site: ProxySite
+    tenant: str | None = None
+
+    def __init__(self, channel: Any, queued: Any = None) -> None:
+        super().__init__(channel, queued)
+        self.request_id = ""
+        self.received = monotonic()
+        self._refused = False
+        self._body_size = 0
+        self._linger_timer: IDelayedCall | None = None
+
+    def gotLength(self, length: int | None) -> None:
+        # Called when the head is complete; what Twisted sets only after the body is needed now.
+        self.method = self.channel._command  # noqa: SLF001 - nothing public has it yet
+        self.uri = self.channel._path  # noqa: SLF001 - as above
+        self.clientproto = self.channel._version  # noqa: SLF001 - as above
+        self.path = self.uri.partition(b"?")[0]
+        body = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - Twisted closes it
+        self.content = cast(IO[bytes], body)
+        self._set_headers()
+        self._admit(length or 0)
+
+    def handleContentChunk(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._body_size += len(data)
+        if self._body_size > self.gate.max_body:
+            self._refuse(self.gate.too_large())
+            return
+        super().handleContentChunk(data)
+
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        if self._refused:
+            self._stop_lingering()
+            return
+        super().requestReceived(command, path, version)
+
+    def connectionLost(self, reason: Any) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
+        super().connectionLost(reason)
+        if self.content is not None:
+            self.content.close()
+
+    def process(self) -> None:
+        if is_preflight(self.method.decode("latin-1"), self.head):
+            self.write(prepare_preflight(self))
+            self.finish()
+            return
+        super().process()
+
+    @property
+    def _site(self) -> ProxySite:
+        # `self.site` is set only when the body is complete.
+        return cast(ProxySite, cast(Any, self.channel).site)
+
+    @property
+    def gate(self) -> Gate:
+        """The site's gate; known from the first header on."""
+        return self._site.gate
+
+    def body(self) -> bytes:
+        """The whole body."""
+        return b"" if self.content is None else cast(IO[bytes], self.content).read()
+
+    def head(self, name: str) -> str | None:
+        """A request header, decoded without loss; the last one if there are several."""
+        values = self.requestHeaders.getRawHeaders(name.encode())
+        return values[-1].decode("utf-8", "surrogateescape") if values else None
+
+    def _set_headers(self) -> None:
+        given = self.head("x-request-id")
+        usable = given is not None and _REQUEST_ID.fullmatch(given)
+        self.request_id = given if given and usable else f"req_{uuid4().hex}"
+        self.setHeader(b"X-Request-Id", self.request_id.encode())
+        self.setHeader(b"X-Content-Type-Options", b"nosniff")
+        if self.gate.origins.allowed:
+            # An answer depends on who asks: caches must know.
+            self.responseHeaders.addRawHeader(b"Vary", b"Origin")
+        allowed = self.gate.origins.permitted(self.head("origin"))
+        if allowed is not None:
+            self.setHeader(b"Access-Control-Allow-Origin", allowed.encode())
+            self.setHeader(
+                b"Access-Control-Expose-Headers",
+                b"X-Request-Id, X-Claude-Session-Id, Retry-After",
+            )
+
+    def _admit(self, length: int) -> None:
+        method, path = self.method.decode("latin-1"), self.path.decode("latin-1")
+        try:
+            self.tenant = self.gate.admit(method, path, self.head)
+            self._log_attempt(None)
+            self.gate.check_body(method, path, self.head("content-type"), length)
+        except ProxyError as error:
+            if error.failure is Failure.INVALID_API_KEY:
+                self._log_attempt(error)
+            self._refuse(error)
+
+    def _log_attempt(self, error: ProxyError | None) -> None:
+        if not self.gate.authenticator.required or (error is None and self.tenant is None):
+            return
+        key = presented_key(self.head("authorization"), self.head("x-api-key"))
+        write = self._log.warn if error is not None else self._log.debug
+        write(
+            "key {verdict}",
+            type="authentication",
+            verdict="refused" if error is not None else "accepted",
+            key=mask_key(key or ""),
+            tenant=self.tenant,
+            address=self._address(),
+            user_agent=self.head("user-agent"),
+            request_id=self.request_id,
+        )
+
+    def _address(self) -> str:
+        peer = self.getClientAddress()
+        return str(getattr(peer, "host", None) or getattr(peer, "name", None) or "unix")
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Answer now; then read on for a moment without listening."""
+        self._refused = True
+        # With Expect, the client waits for a word before it sends the body: this was the word.
+        self.requestHeaders.removeHeader(b"expect")
+        self.channel.persistent = False
+        self.setHeader(b"Connection", b"close")
+        body = prepare_error(self, error)
+        self.write(body)
+        self._linger_timer = self._site.clock.callLater(_LINGER, self._lingered)
+
+    def _lingered(self) -> None:
+        self._linger_timer = None
+        self.finish()
+
+    def _stop_lingering(self) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._lingered()
+
+
+def prepare_json(request: Request, status: int, body: bytes) -> bytes:
+    """Set status and headers for a JSON body; return the body."""
+    request.setResponseCode(status)
+    request.setHeader(b"Server", f"claude-proxy/{__version__}".encode())
+    request.setHeader(b"Content-Type", b"application/json")
+    request.setHeader(b"Content-Length", str(len(body)).encode())
+    request.setHeader(b"Cache-Control", b"no-store")
+    return body
+
+
+def prepare_error(request: ProxyRequest, error: ProxyError) -> bytes:
+    """Set status and headers for a failure; return the body."""
+    if error.retry_after is not None:
+        request.setHeader(b"Retry-After", str(error.retry_after).encode())
+    if error.failure is Failure.INVALID_API_KEY:
+        request.setHeader(b"WWW-Authenticate", b"Bearer")
+    if error.allow:
+        request.setHeader(b"Allow", ", ".join(error.allow).encode())
+    if error.failure is Failure.INTERNAL_ERROR:
+        message = f"{error.message.rstrip('.')}: {request.request_id}."
+        error = ProxyError(error.failure, message)
+    return prepare_json(request, error.failure.status, msgspec.json.encode(error.envelope()))
+
+
+def prepare_preflight(request: ProxyRequest) -> bytes:
+    """Tell a browser what an allowed origin may send."""
+    request.setResponseCode(204)
+    if request.responseHeaders.hasHeader(b"Access-Control-Allow-Origin"):
+        request.setHeader(b"Access-Control-Allow-Methods", b"GET, POST, DELETE, OPTIONS")
+        request.setHeader(
+            b"Access-Control-Allow-Headers",
+            b"Authorization, Content-Type, X-Api-Key, X-Request-Id",
+        )
+        request.setHeader(b"Access-Control-Max-Age", _PREFLIGHT_AGE)
+    return b""
+
+
+class ProxySite(Site):
+    """
+    A site whose requests pass the gate.
+
+    @ivar gate: read by each request.
+    @ivar clock: for the timers of refused requests.
+    """
+
+    _log = Logger(namespace="claude_proxy.web")
+
+    def __init__(self, resource: IResource, gate: Gate, reactor: IReactorTime) -> None:
+        super().__init__(
+            resource,
+            requestFactory=ProxyRequest,
+            reactor=reactor,
+            parsePOSTFormSubmission=False,
+        )
+        self.gate = gate
+        self.clock = reactor
+        self.displayTracebacks = False
+
+    def log(self, request: Any) -> None:
+        """Write one record for an answered request, in place of an access log line."""
+        self._log.debug(
+            "{method} {path} answered with {status}",
+            type="response",
+            method=request.method.decode("latin-1"),
+            path=request.path.decode("latin-1"),
+            status=request.code,
+            bytes=request.sentLength,
+            duration_ms=round((monotonic() - request.received) * 1000, 1),
+            request_id=request.request_id,
+        )

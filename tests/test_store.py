@@ -1,0 +1,530 @@
+"""What the store remembers, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import ParamSpec, cast
+
+import pytest
+import pytest_twisted  # type: ignore[import-untyped]  # it has no types
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.interfaces import IReactorFromThreads
+
+from claude_proxy.sessions.store import SessionRecord, Store, StoreError, _encoded
+
+_P = ParamSpec("_P")
+
+REACTOR = cast(IReactorFromThreads, reactor)
+
+A, B, C, D = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "abcd")
+
+RECORD = SessionRecord(
+    id=A,
+    cli_id=A,
+    workspace="project",
+    tenant="alice",
+    begun=False,
+    parameters={"allowed-tools": ["Bash(git *)"], "deep": {"größe": 1.5, "none": None}},
+    created=1000.25,
+    used=1001.5,
+)
+
+
+def in_reactor(test: Callable[_P, Awaitable[None]]) -> Callable[_P, None]:
+    """Run a test that has to wait for the thread."""
+    waiting: Callable[_P, None] = pytest_twisted.ensureDeferred(test)
+    return waiting
+
+
+async def opened(path: Path | None = None) -> Store:
+    store = Store(path, REACTOR)
+    await store.open()
+    return store
+
+
+async def failure_of(answer: Awaitable[object]) -> str:
+    with pytest.raises(StoreError) as caught:
+        await answer
+    return str(caught.value)
+
+
+@in_reactor
+@pytest.mark.parametrize(
+    "record",
+    [
+        RECORD,
+        replace(RECORD, workspace=None),
+        replace(RECORD, begun=True),
+        replace(RECORD, parameters={}),
+        replace(RECORD, cli_id=B),
+        replace(RECORD, tenant="'; DROP TABLE sessions; --\n\0"),
+    ],
+)
+async def test_a_session_comes_back_as_it_was_given(record: SessionRecord) -> None:
+    store = await opened()
+    await store.create(record)
+    assert await store.find(A) == record
+    assert await store.find(record.cli_id) == record
+    await store.close()
+
+
+@in_reactor
+async def test_an_unknown_session_is_not_found() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    assert await store.find(B) is None
+    await store.close()
+
+
+@in_reactor
+async def test_every_id_that_a_session_ever_had_finds_it() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    await store.begin(A, A, 2000.0)
+    assert await store.find(A) == replace(RECORD, begun=True, used=2000.0)
+    await store.begin(A, B, 2001.0)
+    await store.begin(B, C, 2002.0)
+    await store.begin(A, B, 2003.0)
+    expected = replace(RECORD, begun=True, cli_id=B, used=2003.0)
+    assert [await store.find(name) for name in (A, B, C)] == [expected] * 3
+    await store.close()
+
+
+@in_reactor
+async def test_touching_changes_the_time_and_only_given_parameters() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    await store.begin(A, B, 2000.0)
+    await store.touch(B, 3000.0)
+    found = await store.find(A)
+    assert found == replace(RECORD, begun=True, cli_id=B, used=3000.0)
+    await store.touch(A, 4000.0, {"workspace": "x"})
+    found = await store.find(A)
+    assert found == replace(
+        RECORD, begun=True, cli_id=B, used=4000.0, parameters={"workspace": "x"}
+    )
+    await store.close()
+
+
+@in_reactor
+async def test_creating_again_replaces_all_but_the_time_of_creation() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    again = replace(RECORD, cli_id=B, workspace=None, begun=True, parameters={}, used=9.0)
+    await store.create(replace(again, created=5.0))
+    assert await store.find(B) == again
+    await store.close()
+
+
+@in_reactor
+@pytest.mark.parametrize(
+    "taken",
+    [
+        pytest.param(replace(RECORD, tenant="mallory"), id="the id of another tenant's session"),
+        pytest.param(replace(RECORD, id=B, tenant="mallory"), id="an alias of it"),
+        pytest.param(replace(RECORD, id=B), id="an alias of the same tenant's session"),
+        pytest.param(replace(RECORD, id=C, cli_id=A), id="a new session resumed as another"),
+        pytest.param(replace(RECORD, id=C, cli_id=B), id="a new session resumed by an alias"),
+    ],
+)
+async def test_no_session_takes_the_id_of_another(taken: SessionRecord) -> None:
+    store = await opened()
+    await store.create(RECORD)
+    await store.begin(A, B, 2000.0)
+    assert "belongs to another session" in await failure_of(store.create(taken))
+    mine = replace(RECORD, begun=True, cli_id=B, used=2000.0)
+    assert [await store.find(name) for name in (A, B, C)] == [mine, mine, None]
+    await store.close()
+
+
+@in_reactor
+async def test_the_cli_cannot_move_an_id_from_one_session_to_another() -> None:
+    store = await opened()
+    other = replace(RECORD, id=C, cli_id=C, tenant="bob")
+    await store.create(RECORD)
+    await store.create(other)
+    await store.begin(A, B, 2000.0)
+    for taken in (A, B):
+        assert "belongs to another session" in await failure_of(store.begin(C, taken, 2001.0))
+    assert await store.find(C) == other
+    await store.close()
+
+
+@in_reactor
+@pytest.mark.parametrize(
+    "change", [lambda store: store.begin(D, D, 1.0), lambda store: store.touch(D, 1.0)]
+)
+async def test_changing_an_unknown_session_says_so(
+    change: Callable[[Store], Deferred[None]],
+) -> None:
+    store = await opened()
+    assert await failure_of(change(store)) == f"There is no session {D}."
+    assert await store.find(D) is None
+    await store.close()
+
+
+@in_reactor
+async def test_parameters_are_taken_as_they_are_at_the_call() -> None:
+    store = await opened()
+    parameters: dict[str, object] = {"model": "one"}
+    creating = store.create(replace(RECORD, parameters=parameters))
+    parameters["model"] = "two"
+    await creating
+    found = await store.find(A)
+    assert found is not None
+    assert found.parameters == {"model": "one"}
+    await store.close()
+
+
+@in_reactor
+@pytest.mark.parametrize("value", [object(), "\ud800", {1j: 1}])
+async def test_parameters_that_are_not_json_are_refused(value: object) -> None:
+    store = await opened()
+    await store.create(RECORD)
+    bad = {"key": value}
+    assert "not JSON" in await failure_of(store.create(replace(RECORD, parameters=bad)))
+    assert "not JSON" in await failure_of(store.touch(A, 1.0, bad))
+    assert await store.find(A) == RECORD
+    await store.close()
+
+
+@in_reactor
+async def test_an_id_that_is_no_text_is_an_error_and_the_store_lives_on() -> None:
+    store = await opened()
+    assert "cannot hold" in await failure_of(store.find("\ud800"))
+    await store.create(RECORD)
+    assert await store.find(A) == RECORD
+    await store.close()
+
+
+def test_parameters_do_not_show_in_the_repr() -> None:
+    assert "Bash" not in repr(RECORD)
+
+
+@given(
+    st.dictionaries(
+        st.text(),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            max_leaves=6,
+        ),
+    )
+)
+def test_any_parameters_are_encoded_or_refused(parameters: dict[str, object]) -> None:
+    try:
+        assert _encoded(parameters).startswith("{")
+    except StoreError as error:
+        assert "not JSON" in str(error)  # noqa: PT017  # either is right, nothing else is
+
+
+@in_reactor
+async def test_a_closed_store_is_found_again_at_the_next_start(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state" / "state.db"
+    store = await opened(path)
+    await store.create(RECORD)
+    await store.begin(A, B, 2000.0)
+    await store.close()
+    assert [entry.name for entry in path.parent.iterdir()] == ["state.db"]  # checkpointed
+    again = await opened(path)
+    assert await again.find(B) == replace(RECORD, begun=True, cli_id=B, used=2000.0)
+    await again.close()
+
+
+@in_reactor
+async def test_directory_and_files_are_for_the_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "state.db"
+    old = os.umask(0)
+    try:
+        store = await opened(path)
+        await store.create(RECORD)
+    finally:
+        os.umask(old)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    modes = {entry.name: entry.stat().st_mode & 0o777 for entry in path.parent.iterdir()}
+    assert modes == {"state.db": 0o600, "state.db-wal": 0o600, "state.db-shm": 0o600}
+    await store.close()
+
+
+@in_reactor
+async def test_a_database_that_was_readable_for_all_is_closed_to_others(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.touch()
+    path.chmod(0o644)
+    store = await opened(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    await store.close()
+
+
+WRITES_AND_DIES = """
+import os, sys
+from pathlib import Path
+from twisted.internet import reactor
+from claude_proxy.sessions.store import SessionRecord, Store
+
+async def main():
+    store = Store(Path(sys.argv[1]), reactor)
+    await store.open()
+    await store.create(SessionRecord("a", "a", None, "alice", False, {}, 1.0, 1.0))
+    await store.begin("a", "b", 2.0)
+    os._exit(7)
+
+from twisted.internet.defer import Deferred
+Deferred.fromCoroutine(main())
+reactor.run()
+"""
+
+NEVER_RUNS_ITS_REACTOR = """
+import sys
+from pathlib import Path
+from twisted.internet import reactor
+from claude_proxy.sessions.store import Store
+Store(Path(sys.argv[1]), reactor).open()
+"""
+
+
+def run(script: str, path: Path) -> int:
+    return subprocess.run(
+        [sys.executable, "-c", script, str(path)], check=False, timeout=60
+    ).returncode
+
+
+@in_reactor
+async def test_what_was_answered_survives_the_death_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    assert run(WRITES_AND_DIES, path) == 7
+    assert path.with_name("state.db-wal").stat().st_size > 0
+    store = await opened(path)
+    assert await store.find("b") == SessionRecord("a", "b", None, "alice", True, {}, 1.0, 2.0)
+    await store.close()
+
+
+def test_a_start_that_fails_elsewhere_does_not_leave_the_process_hanging(tmp_path: Path) -> None:
+    assert run(NEVER_RUNS_ITS_REACTOR, tmp_path / "state.db") == 0
+
+
+def database(path: Path, *statements: str) -> None:
+    connection = sqlite3.connect(path)
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
+
+
+@in_reactor
+async def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    database(path, "PRAGMA user_version = 99")
+    before = path.read_bytes()
+    sentence = await failure_of(Store(path, REACTOR).open())
+    assert "version 99, newer than version 1 " in sentence
+    assert str(path) in sentence
+    assert path.read_bytes() == before
+
+
+@in_reactor
+async def test_a_database_without_a_sensible_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    database(path, "PRAGMA user_version = -1")
+    assert "damaged or not a database" in await failure_of(Store(path, REACTOR).open())
+
+
+@in_reactor
+async def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.write_text("this is the diary of a cat\n" * 100)
+    sentence = await failure_of(Store(path, REACTOR).open())
+    assert "damaged or not a database" in sentence
+    assert "cat" not in sentence
+    assert path.read_text().startswith("this is the diary")
+
+
+@in_reactor
+async def test_a_page_of_rubbish_is_noticed_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    for number in range(200):
+        await store.create(replace(RECORD, id=f"{number}", cli_id=f"{number}"))
+    await store.close()
+    content = bytearray(path.read_bytes())
+    content[8192:12288] = b"\xa5" * 4096
+    path.write_bytes(content)
+    assert "damaged or not a database" in await failure_of(Store(path, REACTOR).open())
+
+
+@in_reactor
+async def test_a_record_spoilt_by_hand_is_an_error_that_does_not_show_it(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    await store.create(RECORD)
+    for spoilt in ("'{secret'", "'[1]'", "CAST(x'736563726574ff' AS TEXT)"):
+        database(path, f"UPDATE sessions SET parameters = {spoilt}")
+        sentence = await failure_of(store.find(A))
+        assert "The state database" in sentence
+        assert "secret" not in sentence
+    await store.close()
+
+
+@in_reactor
+async def test_a_file_in_the_way_of_the_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "state.db"
+    sentence = await failure_of(Store(path, REACTOR).open())
+    assert f"The state database {path} cannot be made:" in sentence
+
+
+@in_reactor
+async def test_a_directory_in_the_way_of_the_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.mkdir(mode=0o750)
+    assert "unable to open" in await failure_of(Store(path, REACTOR).open())
+    assert path.stat().st_mode & 0o777 == 0o750
+
+
+@in_reactor
+async def test_an_unwritable_database_is_noticed_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    await store.close()
+    connect = sqlite3.connect
+
+    def read_only(path: Path, **options: object) -> sqlite3.Connection:
+        return connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+    assert "readonly database" in await failure_of(Store(path, REACTOR).open())
+
+
+@in_reactor
+async def test_without_a_thread_the_store_does_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert "can't start new thread" in await failure_of(Store(None, REACTOR).open())
+
+
+@in_reactor
+async def test_the_settings_of_the_database_are_as_meant(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "state.db")
+    names = ("journal_mode", "synchronous", "busy_timeout", "foreign_keys", "user_version")
+    values = await store._ask(
+        lambda db: [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+    )
+    assert values == ["wal", 1, 5000, 1, 1]
+    await store.close()
+
+
+@in_reactor
+async def test_all_work_is_done_in_order_by_one_thread_that_ends() -> None:
+    store = await opened()
+    seen: list[int] = []
+
+    def work(number: int, _: sqlite3.Connection) -> threading.Thread:
+        seen.append(number)
+        return threading.current_thread()
+
+    threads = await gatherResults([store._ask(partial(work, number)) for number in range(50)])
+    assert seen == list(range(50))
+    assert len(set(threads)) == 1
+    assert threads[0] is not threading.current_thread()
+    assert threads[0].is_alive()
+    await store.close()
+    assert not threads[0].is_alive()
+
+
+@in_reactor
+async def test_closing_finishes_what_is_queued_and_may_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    creating, first, second = store.create(RECORD), store.close(), store.close()
+    await gatherResults([creating, first, second])
+    await store.close()
+    again = await opened(path)
+    assert await again.find(A) == RECORD
+    await again.close()
+
+
+@in_reactor
+async def test_a_closed_or_never_opened_store_answers_nothing() -> None:
+    fresh, closed = Store(None, REACTOR), await opened()
+    await closed.close()
+    for store in (fresh, closed):
+        calls: list[Awaitable[object]] = [
+            store.find(A),
+            store.create(RECORD),
+            store.begin(A, A, 1.0),
+            store.touch(A, 1.0, {}),
+        ]
+        for call in calls:
+            assert await failure_of(call) == "The state store is not open."
+    assert "opened before" in await failure_of(closed.open())
+    await fresh.close()
+    assert "opened before" in await failure_of(fresh.open())
+
+
+@in_reactor
+async def test_calls_behind_a_failed_open_fail_too(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.write_text("no database, but long enough to be looked at" * 100)
+    store = Store(path, REACTOR)
+    opening, finding = store.open(), store.find(A)
+    assert "damaged" in await failure_of(opening)
+    assert "could not be opened" in await failure_of(finding)
+    assert await failure_of(store.find(A)) == "The state store is not open."
+
+
+@in_reactor
+async def test_too_many_waiting_calls_are_refused_until_some_are_done() -> None:
+    store = Store(None, REACTOR, max_pending=3)
+    await store.open()
+    go = threading.Event()
+    blocked = store._ask(lambda _: go.wait(60))
+    waiting = [store.find(A), store.find(A)]
+    assert "too many calls" in await failure_of(store.find(A))
+    waiting[0].cancel()  # the thread has it still, so it counts still
+    with pytest.raises(CancelledError):
+        await waiting[0]
+    assert "too many calls" in await failure_of(store.find(A))
+    go.set()
+    assert await blocked
+    assert await waiting[1] is None
+    assert await store.find(A) is None
+    await store.close()
+
+
+@in_reactor
+async def test_a_database_locked_for_too_long_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    await store._ask(lambda db: db.execute("PRAGMA busy_timeout = 0"))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert "database is locked" in await failure_of(store.create(RECORD))
+    other.execute("ROLLBACK")
+    other.close()
+    await store.create(RECORD)
+    assert await store.find(A) == RECORD
+    await store.close()
+
+
+def test_nothing_happens_before_open(tmp_path: Path) -> None:
+    before = threading.active_count()
+    Store(tmp_path / "state" / "state.db", REACTOR)
+    assert threading.active_count() == before
+    assert list(tmp_path.iterdir()) == []
