@@ -36,7 +36,11 @@ class ITurnObserver(Interface):
         """Learn the id of the turn's session (str), or None where only the CLI will tell."""
 
     def turn_events(events: list[Event]) -> None:
-        """Take the turn's events that arrived together, in order, up to and with its result."""
+        """
+        Take the turn's events that arrived together, in order.
+
+        The result is not among them: it comes with the outcome.
+        """
 
     def turn_ended(outcome: Outcome) -> None:
         """Take the turn's `Outcome`: called exactly once, last, whatever happened."""

@@ -50,7 +50,7 @@ class ProxyService(Service):
     """Everything that runs."""
 
     name = "claude-proxy"
-    _log = Logger(namespace="claude_proxy.server")
+    _log = Logger(namespace="claude_proxy.service")
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class ProxyService(Service):
         """
         @param make_memory_store: makes the store that serves when the real one cannot be opened.
         @param state_lock: held since the parts were built; None if there is no usable state.
+        @param run_directory: for files of this run; made at the start, removed at the end.
         @param observer: where all log records go; None to leave that to twistd.
         """
         self._clock = clock
@@ -115,6 +116,8 @@ class ProxyService(Service):
 
     def startService(self) -> None:
         super().startService()
+        shutil.rmtree(self._run_directory, ignore_errors=True)
+        self._run_directory.mkdir(mode=0o700)
         address: Any = self._port.getHost() if self._port is not None else None
         self._log.info(
             "claude-proxy {version} is listening on {listen}",
@@ -250,8 +253,9 @@ def _why_not(listen: str, failure: TwistedFailure) -> str:
     if isinstance(failure.value, CannotListenError):
         reason = failure.value.socketError
         cause = getattr(reason, "strerror", None) or str(reason)
+    # The cause comes first: of a daemon's message twistd shows 100 characters.
     return (
-        f"claude-proxy cannot listen on {listen}: {cause}. "
+        f"{cause}: claude-proxy cannot listen on {listen}. "
         "Set another PORT, HOST or LISTEN, or stop what is using it."
     )
 

@@ -46,7 +46,7 @@ from claude_proxy.web.site import Gate, ProxySite
 
 __all__ = ["Options", "makeService"]
 
-_log = Logger(namespace="claude_proxy.server")
+_log = Logger(namespace="claude_proxy.service")
 
 _LINE_LIMIT = 64 * 1024 * 1024
 """The longest line accepted from the CLI, in bytes; more if larger bodies are: it repeats them."""
@@ -141,7 +141,7 @@ def _for_demonstration(settings: Settings) -> Settings:
 
 def _observer(settings: Settings, twistd_options: Any) -> ILogObserver | None:
     """All records in our format; unless twistd was told where else they go."""
-    if twistd_options is None or twistd_options.get("logger") or twistd_options.get("syslog"):
+    if twistd_options is None or twistd_options.get("logger"):
         return None
     named = (settings.child_environment.get(name, "") for name in _SECRET_VARIABLES)
     return make_observer(
@@ -170,7 +170,11 @@ class _Builder:
         lock = self._lock_state()
         store = Store(settings.state_path / "state.sqlite3" if lock else None, reactor)
         book = SessionBook(store, adopt_unknown=len(settings.keys) <= 1)
-        run_directory = Path(tempfile.mkdtemp(prefix="claude-proxy-"))
+        run_directory = (
+            settings.state_path / "run"
+            if lock
+            else Path(tempfile.gettempdir(), f"claude-proxy-{uuid4().hex}")
+        )
         executor = self._executor(book, lock, run_directory)
         api = Api(executor, self._health(), reactor, stall_timeout=settings.client_stall_timeout)
         site = ProxySite(api.app.resource(), self._gate(), reactor)

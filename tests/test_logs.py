@@ -139,7 +139,7 @@ def test_critical_is_an_error() -> None:
     ("namespace", "component"),
     [
         ("claude_proxy.cli", "cli"),
-        ("claude_proxy.sessions.pool.Pool", "sessions.pool.Pool"),
+        ("claude_proxy.sessions.executor.Executor", "sessions"),
         ("claude_proxy", "claude_proxy"),
         ("twisted.web.http", "twisted.web.http"),
         ("", "-"),
@@ -200,7 +200,7 @@ def test_values_become_json(value: object, written: object) -> None:
 class Disguised(str):
     __slots__ = ()
 
-    def encode(self, *_: object) -> bytes:  # type: ignore[override]
+    def encode(self, *_: object) -> bytes:
         raise ValueError("do not touch me")
 
     isascii = __len__ = encode  # type: ignore[assignment]

@@ -269,7 +269,7 @@ def test_host_and_port_make_the_endpoint(environ: dict[str, str], host: str, lis
 @pytest.mark.parametrize("host", ["127.0.0.1", "::", "fe80::1%eth0", "::1"])
 def test_twisted_understands_the_endpoint(host: str) -> None:
     listen = load({"HOST": host, "PORT": "8123"}).listen
-    endpoint = serverFromString(object(), listen)  # type: ignore[no-untyped-call]  # Twisted's
+    endpoint = serverFromString(object(), listen)
     assert vars(endpoint)["_interface"] == host
     assert vars(endpoint)["_port"] == 8123
 

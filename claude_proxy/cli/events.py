@@ -32,8 +32,8 @@ class Event(msgspec.Struct, gc=False, omit_defaults=True):
     uuid: str | None = None
     is_replay: bool = msgspec.field(default=False, name="isReplay")
     parent_tool_use_id: str | None = None
-    # Not part of the wire format: the name is one that no key of the CLI can have.
-    line: bytes = msgspec.field(default=b"", name="\0line")
+    # Not part of the wire format; were a key of this name ever sent, it would be overwritten.
+    line: bytes = msgspec.field(default=b"", name="(line)")
 
     def fields(self) -> dict[str, Any]:
         """Decode the whole line; called only for the few events whose other fields matter."""

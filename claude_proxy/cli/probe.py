@@ -141,7 +141,7 @@ class CliProbe:
         self._clock = clock
         self._cli = tuple(cli)
         self._environment = environment
-        self._known: dict[tuple[str, int, int], Capabilities] = {}
+        self._known: tuple[tuple[str, int, int], Capabilities] | None = None
         self._report: VersionReport | None = None
         self._report_time = 0.0
         self._waiting: list[Deferred[VersionReport]] | None = None
@@ -162,14 +162,12 @@ class CliProbe:
         @raise ProxyError: CLI_NOT_FOUND or CLI_FAILED.
         """
         identity = _identity(self.resolve()[0])
-        known = self._known.get(identity)
-        if known is not None:
-            return known
+        if self._known is not None and self._known[0] == identity:
+            return self._known[1]
         report = await self.ask()
         if report.error is not None:
             raise report.error
-        self._known = {identity: capabilities_of(report.version or "")}
-        return self._known[identity]
+        return capabilities_of(report.version or "")
 
     async def report(self) -> VersionReport:
         """The last report if it is fresh, else a new one; simultaneous callers share it."""
@@ -198,9 +196,11 @@ class CliProbe:
 
     async def _run(self) -> VersionReport:
         try:
-            command = [*launch_prefix("/"), *self.resolve(), "--version"]
+            cli = self.resolve()
+            identity = _identity(cli[0])
         except ProxyError as error:
             return VersionReport(None, None, error)
+        command = [*launch_prefix("/"), *cli, "--version"]
         protocol = _VersionProtocol(self._clock)
         environment: Any = build_environment(self._environment, "probe")
         try:
@@ -208,9 +208,15 @@ class CliProbe:
         except OSError as error:
             message = f"{Failure.CLI_NOT_FOUND.sentence} The system said: {error.strerror}"
             return VersionReport(None, None, ProxyError(Failure.CLI_NOT_FOUND, message))
-        return await protocol.done
+        report = await protocol.done
+        if report.error is None:
+            self._known = identity, capabilities_of(report.version or "")
+        return report
 
 
 def _identity(program: str) -> tuple[str, int, int]:
-    status = Path(program).stat()
+    try:
+        status = Path(program).stat()
+    except OSError:
+        raise ProxyError(Failure.CLI_NOT_FOUND) from None
     return program, status.st_mtime_ns, status.st_size

@@ -165,10 +165,11 @@ class Turn:
             self._retry_after = max(1, math.ceil(resets_at - self._clock.seconds()))
 
     def _result_received(self, events: list[Event]) -> None:
-        self._observer.turn_events(events)
+        *before, result = events
+        if before:
+            self._observer.turn_events(before)
         if self._state is _State.ENDED:
             return
-        result = events[-1]
         outcome = outcome_of_result(result, refused=self._refused, retry_after=self._retry_after)
         self._end(outcome)
         if self._agent is not None:

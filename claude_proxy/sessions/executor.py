@@ -113,9 +113,12 @@ class Executor:
             raise ProxyError(Failure.SHUTTING_DOWN, retry_after=_COME_BACK)
         run = _Run(self, request, observer)
         work = self._runs[run] = Deferred()
+        work.addCallback(self._forget, run)
         run.start().chainDeferred(work)
-        work.addBoth(lambda _: self._runs.pop(run, None))
         return run
+
+    def _forget(self, _: None, run: _Run) -> None:
+        del self._runs[run]
 
     async def shut_down(self, drain: float) -> None:
         """
@@ -324,9 +327,13 @@ class _Run:
         executor, request = self._executor, self._request
         settings = self._turn_settings()
         kept: list[str] = []
+        context: dict[str, object] = {
+            "request_id": request.request_id,
+            "session_id": plan.session_id,
+        }
 
         def begun(cli_id: str | None) -> None:
-            self.session_id = cli_id or plan.session_id
+            self.session_id = context["session_id"] = cli_id or plan.session_id
             if self.session_id is not None:
                 kept.append(executor.book.begun(plan, request, self.session_id))
                 leases[0].add_key(kept[0])
@@ -346,7 +353,7 @@ class _Run:
             has_control=can.control,
             kill_timeout=executor.settings.kill_timeout,
             line_limit=executor.settings.line_limit,
-            log_context={"request_id": request.request_id, "session_id": plan.session_id},
+            log_context=context,
         )
         argv = command.build_argv(
             executor.probe.resolve(),

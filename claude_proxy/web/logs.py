@@ -292,16 +292,23 @@ def _record_of(event: LogEvent, level: str, redact: _Redact) -> _Record:
     if error is not None:
         fields["error"] = cleaner.text(error)
     kind = event.get("type")
-    component = safe_str(event.get("log_namespace") or "-")
     return _Record(
         when=_time_of(event),
         level=level,
-        component=cleaner.text(component.removeprefix("claude_proxy.")),
+        component=cleaner.text(_component_of(event)),
         type=cleaner.text(kind if kind and isinstance(kind, str) else "log"),
         message=cleaner.text(_message_of(event, failed=error is not None) or error or ""),
         fields=fields,
         traceback=cleaner.text(traceback, keep_end=True) if traceback else None,
     )
+
+
+def _component_of(event: LogEvent) -> str:
+    """The layer that speaks, for ours; the whole namespace for Twisted's own records."""
+    namespace: str = safe_str(event.get("log_namespace") or "-")
+    package, _, rest = namespace.partition(".")
+    # A Logger that is a class attribute adds the module and the class to its namespace.
+    return rest.partition(".")[0] if package == "claude_proxy" and rest else namespace
 
 
 def _time_of(event: LogEvent) -> datetime:

@@ -17,7 +17,7 @@ from claude_proxy import __version__
 from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Outcome
 from claude_proxy.dialects import native
-from claude_proxy.errors import Failure, ProxyError
+from claude_proxy.errors import ProxyError
 from claude_proxy.interfaces import IRunningTurn, ITurnObserver
 from claude_proxy.web.outlet import Outlet
 from claude_proxy.web.site import ProxyRequest, prepare_error, prepare_json
@@ -116,18 +116,18 @@ class EventStream(_Response):
         self.outlet.write(frames)
 
     def turn_ended(self, outcome: Outcome) -> None:
+        session_id = outcome.session_id or self._session_id
+        if not self._head_sent and outcome.error is not None:
+            self._refuse(outcome.error)
+            return
+        if outcome.result is not None:
+            self.turn_events([outcome.result])
+        elif outcome.error is not None:
+            self.outlet.write(native.failure_frame(outcome.error, session_id))
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
             self._heartbeat_timer = None
-        error = outcome.error if outcome.result is None else None
-        if self._head_sent:
-            if error is not None:
-                self.outlet.write(
-                    native.failure_frame(error, outcome.session_id or self._session_id)
-                )
-            self.outlet.finish()
-        else:
-            self._refuse(error or ProxyError(Failure.INTERNAL_ERROR))
+        self.outlet.finish()
 
     def _send_head(self, session_id: str | None) -> None:
         self._head_sent = True
