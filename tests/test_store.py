@@ -11,10 +11,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, cast
+from typing import cast
 
 import pytest
-import pytest_twisted  # type: ignore[import-untyped]  # it has no types
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -22,8 +21,7 @@ from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.interfaces import IReactorFromThreads
 
 from claude_proxy.sessions.store import SessionRecord, Store, StoreError, _encoded
-
-_P = ParamSpec("_P")
+from tests.support import in_reactor
 
 REACTOR = cast(IReactorFromThreads, reactor)
 
@@ -39,12 +37,6 @@ RECORD = SessionRecord(
     created=1000.25,
     used=1001.5,
 )
-
-
-def in_reactor(test: Callable[_P, Awaitable[None]]) -> Callable[_P, None]:
-    """Run a test that has to wait for the thread."""
-    waiting: Callable[_P, None] = pytest_twisted.ensureDeferred(test)
-    return waiting
 
 
 async def opened(path: Path | None = None) -> Store:

@@ -14,6 +14,7 @@ from enum import Enum, auto
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from claude_proxy.cli.events import Event
@@ -54,6 +55,8 @@ class Turn:
 
     @ivar done: fires with the `Outcome`; never fails.
     """
+
+    _log = Logger(namespace="claude_proxy.cli")
 
     def __init__(
         self,
@@ -136,11 +139,18 @@ class Turn:
                     return
             elif event.type == "rate_limit_event":
                 self._limit_received(event)
-        self._observer.turn_events(events)
+        self._deliver(events)
 
     def agent_ended(self, ending: Ending) -> None:
         if self._state is not _State.ENDED:
             self._end(outcome_of_ending(ending, spoke=self._state is _State.RUNNING))
+
+    def _deliver(self, events: list[Event]) -> None:
+        try:
+            self._observer.turn_events(events)
+        except Exception:  # noqa: BLE001 - it must not reach the reactor, which would drop the pipe
+            self._log.failure("events could not be passed on", type="internal_error")
+            self.stop(ProxyError(Failure.INTERNAL_ERROR))
 
     def _system_received(self, event: Event, so_far: list[Event]) -> bool:
         """Take note of what concerns the turn as a whole; False if it ended here."""
@@ -153,7 +163,7 @@ class Turn:
             self._refused = True
         elif event.subtype == "api_retry" and event.fields().get("error_status") == 401:  # noqa: PLR2004 - Unauthorized
             # The CLI would try the same key ten times more, for three minutes.
-            self._observer.turn_events(so_far)
+            self._deliver(so_far)
             self.stop(ProxyError(Failure.CLI_NOT_AUTHENTICATED))
             return False
         return True
@@ -167,7 +177,7 @@ class Turn:
     def _result_received(self, events: list[Event]) -> None:
         *before, result = events
         if before:
-            self._observer.turn_events(before)
+            self._deliver(before)
         if self._state is _State.ENDED:
             return
         outcome = outcome_of_result(result, refused=self._refused, retry_after=self._retry_after)

@@ -159,6 +159,7 @@ def _unsent_bytes(request: ProxyRequest) -> int:
     progress can be seen, and the stall timer measures the time since the pause.
     """
     transport: Any = request.channel.transport
-    transport = getattr(transport, "transport", transport)  # under TLS
+    while (below := getattr(transport, "transport", None)) is not None:  # wrappers, TLS
+        transport = below
     buffered = len(getattr(transport, "dataBuffer", b"")) - int(getattr(transport, "offset", 0))
     return buffered + int(getattr(transport, "_tempDataLen", 0))

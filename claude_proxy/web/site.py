@@ -29,6 +29,8 @@ from claude_proxy.web.logs import mask_key
 
 __all__ = ["Gate", "ProxyRequest", "ProxySite", "prepare_error", "prepare_json"]
 
+_log = Logger(namespace="claude_proxy.web")
+
 _LINGER = 2.0
 """Seconds for which the rest of a refused body is still read and dropped."""
 
@@ -257,7 +259,17 @@ def prepare_json(request: Request, status: int, body: bytes) -> bytes:
 
 
 def prepare_error(request: ProxyRequest, error: ProxyError) -> bytes:
-    """Set status and headers for a failure; return the body."""
+    """Set status and headers for a failure, and log it; return the body."""
+    _log.info(
+        "{method} {path} failed: {code}",
+        type="request_failed",
+        method=request.method.decode("latin-1"),
+        path=request.path.decode("latin-1"),
+        status=error.failure.status,
+        code=error.failure.code,
+        param=error.param,
+        request_id=request.request_id,
+    )
     if error.retry_after is not None:
         request.setHeader(b"Retry-After", str(error.retry_after).encode())
     if error.failure is Failure.INVALID_API_KEY:
