@@ -24,6 +24,10 @@ from claude_proxy.web.site import ProxyRequest
 __all__ = ["Outlet"]
 
 
+_LOOKS = 4
+"""How often within the stall timeout it is looked whether the socket took anything."""
+
+
 class _State(Enum):
     OPEN = auto()
     DRAINING = auto()
@@ -69,6 +73,7 @@ class Outlet:
         self._state = _State.OPEN
         self._stall_timer: IDelayedCall | None = None
         self._unsent = 0
+        self._last_progress = 0.0
         request.notifyFinish().addErrback(self._lost)
         request.registerProducer(self, streaming=True)
 
@@ -95,7 +100,8 @@ class Outlet:
     def pauseProducing(self) -> None:
         if self._stall_timer is None and self._state is not _State.CLOSED:
             self._unsent = _unsent_bytes(self._request)
-            self._stall_timer = self._clock.callLater(self._stall_timeout, self._stalled)
+            self._last_progress = self._clock.seconds()
+            self._stall_timer = self._clock.callLater(self._stall_timeout / _LOOKS, self._look)
             if self._state is _State.OPEN:
                 self._on_pause()
 
@@ -109,14 +115,16 @@ class Outlet:
     def stopProducing(self) -> None:
         """The connection is lost; `notifyFinish` says so, too, and always."""
 
-    def _stalled(self) -> None:
-        self._stall_timer = None
+    def _look(self) -> None:
+        """Slow is not stalled: see whether the socket has taken anything since the last look."""
+        now = self._clock.seconds()
         unsent = _unsent_bytes(self._request)
         if unsent < self._unsent:
-            # Slow is not stalled: something was taken since.
-            self._unsent = unsent
-            self._stall_timer = self._clock.callLater(self._stall_timeout, self._stalled)
+            self._unsent, self._last_progress = unsent, now
+        if now - self._last_progress < self._stall_timeout:
+            self._stall_timer = self._clock.callLater(self._stall_timeout / _LOOKS, self._look)
             return
+        self._stall_timer = None
         self._log.warn(
             "let a client go that read nothing for {seconds} seconds",
             type="client_stalled",
