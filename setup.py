@@ -23,6 +23,7 @@ setup(
         "claude_proxy.cli",
         "claude_proxy.dialects",
         "claude_proxy.sessions",
+        "claude_proxy.settings",
         "claude_proxy.web",
         "twisted.plugins",
     ],
