@@ -19,6 +19,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 
+from claude_proxy import __version__
 from claude_proxy.cli.probe import CliProbe
 from claude_proxy.cli.sweep import Sweeper
 from claude_proxy.cli.turn import Limits
@@ -90,7 +91,14 @@ class Options(usage.Options):
         "Every setting can be given as an option, as an environment variable (in brackets), or in "
         "a file .env in the working directory; the option wins, then the environment. "
         "Keys have no option, because options show in ps: "
-    ) + " ".join(_describe(setting) for setting in SETTINGS if setting.flag is None)
+    ) + " ".join(
+        f"{setting.variable}: {setting.help}" for setting in SETTINGS if setting.flag is None
+    )
+
+    def opt_version(self) -> None:
+        """Display the version of claude-proxy and exit."""
+        print(f"claude-proxy {__version__}")  # noqa: T201 - what was asked for
+        sys.exit(0)
 
 
 def makeService(options: Options) -> IService:
