@@ -1,0 +1,78 @@
+"""
+What a client that reads nothing costs, while its child offers 300 MB.
+
+    python -m benchmarks.slow_client
+
+Shows the server's memory before and while, that the child is blocked, and how other clients are
+served meanwhile.  Aims: at most 5 MB more, and others at their usual speed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.children import event_line, flood
+from benchmarks.harness import Server, connect, elapsed, request_bytes, server, spread
+from benchmarks.native_stream import through_server
+
+_OFFERED = 300_000_000
+
+
+def _health_times(running: Server, count: int = 100) -> list[float]:
+    times = []
+    connection = connect(running.port)
+    for _ in range(count):
+        begin = time.perf_counter()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        connection.recv(1 << 16)
+        times.append(elapsed(begin))
+    connection.close()
+    return times
+
+
+def _written(child: Path) -> int:
+    """How many bytes all processes that run the child have written so far."""
+    written = 0
+    for entry in Path("/proc").iterdir():
+        try:
+            if str(child).encode() in (entry / "cmdline").read_bytes():
+                counters = dict(
+                    line.split(": ") for line in (entry / "io").read_text().splitlines()
+                )
+                written += int(counters["wchar"])
+        except OSError:
+            continue
+    return written
+
+
+def main() -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = flood(Path(folder, "flood"), events=_OFFERED // len(event_line(200)))
+        with server(child) as running:
+            through_server(running)
+            usual, alone = _health_times(running), through_server(running)
+            before = running.memory()
+            connection = connect(running.port)
+            connection.sendall(request_bytes({"prompt": "x", "include-partial-messages": True}))
+            grown = 0.0
+            for _ in range(10):
+                time.sleep(0.5)
+                grown = max(grown, running.memory() - before)
+            written = _written(child)
+            time.sleep(1)
+            more = _written(child) - written
+            beside, others = through_server(running), _health_times(running)
+            print(f"memory grown by the client that reads nothing: {grown:.1f} MB")
+            print(f"child: {written / 1e6:.1f} MB written, {more} bytes more in a second")
+            print(f"health check, usually      {spread(usual)}")
+            print(f"health check, beside it    {spread(others)}")
+            print(f"another stream, usually    {alone[0] / alone[1]:,.0f} events/s")
+            print(f"another stream, beside it  {beside[0] / beside[1]:,.0f} events/s")
+            connection.close()
+
+
+if __name__ == "__main__":
+    main()
