@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "build>=1.2",
             "httpx>=0.28",
             "httpx-sse>=0.4",
             "hypothesis>=6.100",
