@@ -28,6 +28,7 @@ __all__ = [
     "TurnSettings",
     "build_argv",
     "build_environment",
+    "check_rules",
     "check_supported",
     "clean_stderr",
     "initialize_fields",
@@ -37,6 +38,8 @@ __all__ = [
 
 MARKER = "CLAUDE_PROXY_AGENT"
 """The environment variable that marks every process of ours and all that it starts."""
+
+_COMMA_INSIDE = re.compile(r"\([^)]*,")
 
 _ARGUMENT_LIMIT = 128 * 1024 - 1
 """The longest single argument that Linux takes (MAX_ARG_STRLEN), less its NUL."""
@@ -131,6 +134,21 @@ def check_supported(settings: TurnSettings, can: Capabilities, *, partial_messag
                 raise refuse(param, "takes at most 128 KiB here; shorten it or update the CLI")
 
 
+def check_rules(param: str, rules: Sequence[str], can: Capabilities) -> None:
+    """
+    Refuse tool rules that this version of the CLI would read as something else.
+
+    @param param: the request's name for them.
+    @raise ProxyError: INVALID_VALUE that names the field and the version.
+    """
+    if not can.rule_commas and any(_COMMA_INSIDE.search(rule) for rule in rules):
+        message = (
+            f"The Claude CLI on this server ({can.version}) ends a tool rule at its first comma; "
+            "write the rule without commas or update the CLI."
+        )
+        raise ProxyError(Failure.INVALID_VALUE, message, param=param)
+
+
 def build_argv(
     cli: Sequence[str],
     key: LaunchKey,
@@ -212,9 +230,11 @@ def build_environment(base: Mapping[str, str], marker: str) -> dict[str, str]:
 
     The child starts in a workspace that an agent can write to, so PATH keeps its absolute entries
     only: neither the CLI's interpreter nor a tool may come from the workspace by a relative one.
+    An empty PATH would be one, too, so without any absolute entry it is the system's default.
     """
     environment = dict(base)
-    environment["PATH"] = os.pathsep.join(_absolute_entries(base.get("PATH", os.defpath)))
+    entries = _absolute_entries(base.get("PATH", os.defpath))
+    environment["PATH"] = os.pathsep.join(entries) or os.defpath
     environment[MARKER] = marker
     return environment
 

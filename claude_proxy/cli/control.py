@@ -7,6 +7,7 @@ parse ends it, so nothing is ever written there but what these functions make.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -50,15 +51,16 @@ def control_request(request_id: str, subtype: str, fields: dict[str, Any] | None
     )
 
 
-def refusal(line: bytes) -> bytes | None:
+def refusal(request: Mapping[str, Any]) -> bytes | None:
     """
     The answer to a control request of the CLI's that this server did not ask to be sent.
 
     Unanswered, such a request would hold the turn for ever.
 
-    @return: the answer's line, or None if `line` carries no request id to answer to.
+    @param request: the fields of the ``control_request`` event.
+    @return: the answer's line, or None if there is no request id to answer to.
     """
-    request_id = msgspec.json.decode(line).get("request_id")
+    request_id = request.get("request_id")
     if not isinstance(request_id, str):
         return None
     error = "claude-proxy does not answer this kind of control request"
@@ -77,9 +79,9 @@ class ControlAnswer(msgspec.Struct, frozen=True):
     error: str | None
 
 
-def parse_answer(line: bytes) -> ControlAnswer | None:
-    """Read a ``control_response`` line; None if it lacks what an answer must have."""
-    response = msgspec.json.decode(line).get("response")
+def parse_answer(answer: Mapping[str, Any]) -> ControlAnswer | None:
+    """Read the fields of a ``control_response``; None if it lacks what an answer must have."""
+    response = answer.get("response")
     if not isinstance(response, dict):
         return None
     request_id = response.get("request_id")

@@ -8,6 +8,7 @@ here matches on a byte prefix: the order of keys differs between CLI versions.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -36,9 +37,12 @@ class Event(msgspec.Struct, gc=False, omit_defaults=True):
     line: bytes = msgspec.field(default=b"", name="(line)")
 
     def fields(self) -> dict[str, Any]:
-        """Decode the whole line; called only for the few events whose other fields matter."""
-        decoded: dict[str, Any] = msgspec.json.decode(self.line)
-        return decoded
+        """
+        Decode the whole line; called only for the few events whose other fields matter.
+
+        @return: empty if something in it cannot be held, such as a number beyond all bounds.
+        """
+        return _decode_object(self.line) or {}
 
     def __repr__(self) -> str:
         # The line holds what people wrote and read: it stays out of logs and tracebacks.
@@ -47,6 +51,14 @@ class Event(msgspec.Struct, gc=False, omit_defaults=True):
 
 _decode_event = msgspec.json.Decoder(Event).decode
 _decode_anything = msgspec.json.Decoder().decode
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+# An escape sequence: a whole surrogate pair, half of one, or any other.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
 
 
 def parse_event(line: bytes) -> Event | None:
@@ -58,22 +70,21 @@ def parse_event(line: bytes) -> Event | None:
     """
     try:
         event = _decode_event(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _UNDECODABLE:
         return _parse_odd(line)
     event.line = line
     return event
 
 
 def _parse_odd(line: bytes) -> Event | None:
-    """Decode an object whose known fields have unexpected types: what fits is kept."""
-    try:
-        decoded = _decode_anything(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    if not isinstance(decoded, dict):
+    """Decode an object that has known fields of unexpected types: what fits is kept."""
+    decoded = _decode_object(line)
+    if decoded is None:
         return None
 
-    def text(key: Literal["type", "subtype", "session_id", "uuid"]) -> str | None:
+    def text(
+        key: Literal["type", "subtype", "session_id", "uuid", "parent_tool_use_id"],
+    ) -> str | None:
         value = decoded.get(key)
         return value if isinstance(value, str) else None
 
@@ -83,5 +94,32 @@ def _parse_odd(line: bytes) -> Event | None:
         session_id=text("session_id"),
         uuid=text("uuid"),
         is_replay=decoded.get("isReplay") is True,
+        parent_tool_use_id=text("parent_tool_use_id"),
         line=line,
     )
+
+
+def _decode_object(line: bytes) -> dict[str, Any] | None:
+    """Decode a line that is, or can be mended to be, a JSON object."""
+    try:
+        decoded = _decode_anything(line)
+    except _UNDECODABLE:
+        try:
+            decoded = _decode_anything(_mend(line))
+        except _UNDECODABLE:
+            return None
+    return decoded if isinstance(decoded, dict) else None
+
+
+def _mend(line: bytes) -> bytes:
+    """
+    Put the replacement character where a string of the line holds no text.
+
+    The CLI cuts long texts between two UTF-16 units.  Where that halves a character, it writes
+    half of a surrogate pair, which JSON's grammar allows and a strict decoder does not.
+    """
+
+    def replaced(escape: re.Match[bytes]) -> bytes:
+        return escape[0] if escape["half"] is None else b"\\ufffd"
+
+    return _ESCAPE.sub(replaced, line).decode("utf-8", "replace").encode()

@@ -45,6 +45,8 @@ class Input(Enum):
     """Its turn must end now, and it has no control channel to be told so."""
     RESULT = auto()
     """It wrote a result."""
+    HUNG_UP = auto()
+    """It closed its stdout: it has nothing more to say, and mostly is about to exit."""
     TIMEOUT = auto()
     """The wait that the last actions began is over."""
     EXITED = auto()
@@ -88,7 +90,9 @@ _TABLE: dict[tuple[State, Input], tuple[State, tuple[Action, ...]]] = {
         (Action.DISCARD_OUTPUT, Action.SEND_INTERRUPT, Action.WAIT_POLITE),
     ),
     (State.RUNNING, Input.TERMINATE): _TO_TERMINATING,
+    (State.RUNNING, Input.HUNG_UP): _TO_CLOSING,
     (State.INTERRUPTING, Input.RESULT): _TO_CLOSING,
+    (State.INTERRUPTING, Input.HUNG_UP): _TO_CLOSING,
     (State.INTERRUPTING, Input.TIMEOUT): _TO_CLOSING,
     (State.INTERRUPTING, Input.TERMINATE): _TO_TERMINATING,
     (State.CLOSING, Input.TIMEOUT): _TO_TERMINATING,
@@ -101,7 +105,11 @@ _TABLE: dict[tuple[State, Input], tuple[State, tuple[Action, ...]]] = {
     (State.DRAINING, Input.TIMEOUT): _TO_ABANDONING,
     (State.DRAINING, Input.STOP): (State.DRAINING, (Action.DISCARD_OUTPUT,)),
     (State.DRAINING, Input.TERMINATE): (State.DRAINING, (Action.DISCARD_OUTPUT,)),
-    (State.ABANDONING, Input.TIMEOUT): (State.LOST, (Action.REPORT_LOST,)),
+    # The report is the last word: should output come all the same, nobody hears of it.
+    (State.ABANDONING, Input.TIMEOUT): (
+        State.LOST,
+        (Action.DISCARD_OUTPUT, Action.REPORT_LOST),
+    ),
     (State.ABANDONING, Input.ENDED): _TO_GONE,
     # Lost was the last word to everyone who waited; a late end only needs to be noticed.
     (State.LOST, Input.ENDED): (State.GONE, ()),

@@ -116,6 +116,9 @@ _BY_PROSE = (
 
 _STATUS_IN_PROSE = re.compile(r"API Error: (?:Request rejected )?\(?([45]\d\d)\b")
 
+_NO_ROOT = "cannot be used with root"
+"""Said by the versions that know no IS_SANDBOX; for the others the request was refused before."""
+
 _NO_CONVERSATION = "No conversation found with session ID"
 
 
@@ -219,6 +222,13 @@ def outcome_of_ending(ending: Ending, *, spoke: bool) -> Outcome:
     if not spoke and ending.exit_code in (_NOT_EXECUTABLE, _NOT_FOUND):
         message = f"{Failure.CLI_NOT_FOUND.sentence} The system said: {ending.stderr}"
         error = ProxyError(Failure.CLI_NOT_FOUND, message)
+    elif _NO_ROOT in ending.stderr:
+        error = ProxyError(
+            Failure.INVALID_VALUE,
+            "The Claude CLI on this server refuses to skip permissions as root. Run the server as "
+            "another user; or name the tools to allow in 'allowed-tools' instead.",
+            param="dangerously-skip-permissions",
+        )
     elif _NO_CONVERSATION in ending.stderr:
         error = ProxyError(Failure.SESSION_NOT_FOUND)
     else:

@@ -35,6 +35,9 @@ __all__ = ["CliProbe", "VersionReport"]
 _LIMIT = 5.0
 """Seconds that ``--version`` may take (1.0.24 needs about one)."""
 
+_DRAIN = 0.5
+"""Seconds for which its pipes may stay open after its exit: what it left behind may hold them."""
+
 _REMEMBERED = 10.0
 """Seconds for which a report serves the health check."""
 
@@ -64,14 +67,14 @@ class _VersionProtocol(ProcessProtocol):
         self._output = b""
         self._errors = b""
         self._clock = clock
-        self._limit_timer: IDelayedCall | None = None
+        self._timer: IDelayedCall | None = None
         self._pid: int | None = None
 
     def connectionMade(self) -> None:
         assert self.transport is not None  # noqa: S101 - Twisted sets it before this call
         self._pid = self.transport.pid
         self.transport.closeStdin()
-        self._limit_timer = self._clock.callLater(_LIMIT, self._took_too_long)
+        self._timer = self._clock.callLater(_LIMIT, self._took_too_long)
 
     def outReceived(self, data: bytes) -> None:
         self._output = (self._output + data)[:_OUTPUT_KEPT]
@@ -79,21 +82,21 @@ class _VersionProtocol(ProcessProtocol):
     def errReceived(self, data: bytes) -> None:
         self._errors = (self._errors + data)[-_OUTPUT_KEPT:]
 
-    def processExited(self, reason: TwistedFailure) -> None:
-        if self._limit_timer is not None:
-            self._limit_timer.cancel()
-            self._limit_timer = None
+    def processExited(self, reason: TwistedFailure) -> None:  # noqa: ARG002 - told again at the end
+        if self._timer is not None:
+            self._timer.cancel()
             self._kill_group()  # only what it may have left there
-            exit_code = getattr(reason.value, "exitCode", None)
-            # All that a version needs was written before the exit, but may still be in the pipe.
-            self._clock.callLater(0, self._report, exit_code)
+            # What it wrote may still be in the pipe.
+            self._timer = self._clock.callLater(_DRAIN, self._close_pipes)
 
     def processEnded(self, reason: TwistedFailure) -> None:
-        self._report(getattr(reason.value, "exitCode", None))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self.done.called:
+            self._report(getattr(reason.value, "exitCode", None))
 
     def _report(self, exit_code: int | None) -> None:
-        if self.done.called:
-            return
         text = self._output.decode("utf-8", "replace").strip()
         said = clean_stderr(self._errors.decode("utf-8", "replace"))
         error = None
@@ -110,12 +113,15 @@ class _VersionProtocol(ProcessProtocol):
         self.done.callback(VersionReport(text or None, exit_code, error))
 
     def _took_too_long(self) -> None:
-        self._limit_timer = None
         self._kill_group()
-        if self.transport is not None:
-            self.transport.loseConnection()
+        self._close_pipes()
         message = f"The Claude CLI did not tell its version within {_LIMIT:g} seconds."
         self.done.callback(VersionReport(None, None, ProxyError(Failure.CLI_FAILED, message)))
+
+    def _close_pipes(self) -> None:
+        self._timer = None
+        if self.transport is not None:
+            self.transport.loseConnection()
 
     def _kill_group(self) -> None:
         if self._pid is not None:

@@ -158,6 +158,9 @@ class AgentProcess(ProcessProtocol):
         if len(self._stderr) > 2 * _STDERR_KEPT:
             del self._stderr[:-_STDERR_KEPT]
 
+    def outConnectionLost(self) -> None:
+        self._happened(Input.HUNG_UP)
+
     def processExited(self, reason: TwistedFailure) -> None:
         self._reason = reason
         self._happened(Input.EXITED)
@@ -199,11 +202,11 @@ class AgentProcess(ProcessProtocol):
 
     def _control_received(self, event: Event) -> None:
         if event.type == "control_request":
-            answer = control.refusal(event.line)
+            answer = control.refusal(event.fields())
             if answer is not None:
                 self.write(answer)
         elif event.type == "control_response":
-            answered = control.parse_answer(event.line)
+            answered = control.parse_answer(event.fields())
             if answered is not None and answered.error is not None:
                 self._log.warn(
                     "the CLI refused the control request {control_id}: {error}",

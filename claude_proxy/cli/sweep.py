@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,8 +28,14 @@ from claude_proxy.cli.command import MARKER
 __all__ = ["Sweeper", "end_marked"]
 
 _PROC = Path("/proc")
-_PASSES = 3
-"""A process may fork while the list is read; what it forked is found by the next pass."""
+_PASSES = 4
+"""
+How often the list is read at most, and twice without a find at least: a process may fork while it
+is read, and one that is just becoming another program shows no environment for an instant.
+"""
+
+_PAUSE = 0.005
+"""Seconds between two passes."""
 
 _PREFIX = MARKER.encode() + b"="
 
@@ -61,8 +67,10 @@ def _end_one(pid: str, wanted: Callable[[str], bool]) -> bool:
         marker = _marker_of(pid)
         if marker is None or not wanted(marker):
             return False
-        with suppress(ProcessLookupError):
+        try:
             signal.pidfd_send_signal(held, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
         return True
     finally:
         os.close(held)
@@ -75,7 +83,8 @@ def end_marked(wanted: Callable[[str], bool]) -> int:
     if not _PROC.is_dir() or not hasattr(os, "pidfd_open"):
         return 0
     own = str(os.getpid())
-    ended = 0
+    seen_none = False
+    ended: set[str] = set()  # the next pass may find again what takes its time to die
     for _ in range(_PASSES):
         marked = [
             entry.name
@@ -85,10 +94,12 @@ def end_marked(wanted: Callable[[str], bool]) -> int:
             and (marker := _marker_of(entry.name)) is not None
             and wanted(marker)
         ]
-        if not marked:
+        ended.update(pid for pid in marked if _end_one(pid, wanted))
+        if not marked and seen_none:
             break
-        ended += sum(_end_one(pid, wanted) for pid in marked)
-    return ended
+        seen_none = not marked
+        time.sleep(_PAUSE)
+    return len(ended)
 
 
 class Sweeper:

@@ -129,7 +129,7 @@ class Turn:
             self._figures = replace(self._figures, first_event=now - self._requested)
         for position, event in enumerate(events):
             if event.type == "stream_event" or event.type == "assistant":  # noqa: PLR1714 - hot
-                if self._figures.first_token is None:
+                if self._figures.first_token is None and _has_content(event):
                     self._figures = replace(self._figures, first_token=now - self._requested)
             elif event.type == "result":
                 self._result_received(events[: position + 1])
@@ -182,6 +182,9 @@ class Turn:
             return
         outcome = outcome_of_result(result, refused=self._refused, retry_after=self._retry_after)
         self._end(outcome)
+        # A client that became slow with these very events is no longer asked, and a process whose
+        # output is not read never comes to its end.
+        self.resume()
         if self._agent is not None:
             self._agent.finish()
 
@@ -217,3 +220,8 @@ class Turn:
         self._total_timer = self._inactivity_timer = None
         session_id = outcome.session_id or self._session_id
         self.done.callback(replace(outcome, figures=self._figures, session_id=session_id))
+
+
+def _has_content(event: Event) -> bool:
+    """Whether an event brings text, thinking or a tool call, or begins to."""
+    return event.type == "assistant" or b'"content_block_' in event.line

@@ -31,6 +31,7 @@ class Capabilities:
     @ivar settings: ``--settings`` (there are hooks that it can switch off).
     @ivar effort: ``--effort``.
     @ivar late_prompts: system prompts and the JSON schema in ``initialize`` instead of argv.
+    @ivar rule_commas: a comma inside the parentheses of a tool rule does not end the rule.
     @ivar permission_modes: the names that ``--permission-mode`` takes.
     """
 
@@ -44,6 +45,7 @@ class Capabilities:
     settings: bool = False
     effort: bool = False
     late_prompts: bool = False
+    rule_commas: bool = False
     permission_modes: tuple[str, ...] = _MODES
 
 
@@ -58,6 +60,7 @@ _V1_0_128 = replace(
     fork=True,
     strict_mcp=True,
     settings=True,
+    rule_commas=True,
 )
 _V2_1_197 = replace(
     _V1_0_128,
