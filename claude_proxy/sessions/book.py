@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from twisted.internet.defer import Deferred
@@ -101,7 +101,10 @@ class SessionBook:
 
     def _plan_unbegun(self, request: TurnRequest, can: Capabilities, record: SessionRecord) -> Plan:
         """Its first turn failed before the CLI knew it: there is nothing to resume or to copy."""
-        if request.fork or not can.session_id:
+        if request.fork:
+            # Its first turn may be about to begin it: the copy waits for that.
+            return replace(self._plan_new(record.workspace, can), source_key=record.id)
+        if not can.session_id:
             return self._plan_new(record.workspace, can)
         start = SessionStart(StartKind.NEW, record.id)
         return Plan(record.id, record.id, start, record.workspace, record_id=record.id)
@@ -148,6 +151,10 @@ class SessionBook:
         if kept != cli_id:
             self._background(self._store.begin(kept, cli_id, self._now()))
         return kept
+
+    def resumed_by(self, session: str, cli_id: str) -> None:
+        """Write down, in the background, by which of its ids the CLI resumes the session now."""
+        self._background(self._store.begin(session, cli_id, self._now()))
 
     def used(self, session: str, request: TurnRequest) -> None:
         """Write down, in the background, that a turn of the session has ended."""

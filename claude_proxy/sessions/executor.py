@@ -244,8 +244,10 @@ class _Run:
 
     async def _resolve_again(self, plan: Plan, can: Capabilities) -> Plan:
         fresh = await self._executor.book.resolve(self._request, can)
-        # A fork's own key is made up anew each time; the one that is leased stays.
-        return plan if plan.source_key is not None else fresh
+        if plan.source_key is None:
+            return fresh
+        # A fork's own id is made up anew each time: the one that is leased stays.
+        return replace(plan, start=replace(fresh.start, session_id=plan.start.session_id))
 
     def _check(self, can: Capabilities) -> tuple[str, ...]:
         """Refuse what cannot be done, before anything is waited for; return the MCP servers."""
@@ -261,6 +263,8 @@ class _Run:
         command.check_supported(
             self._turn_settings(), can, partial_messages=request.partial_messages
         )
+        command.check_rules("allowed-tools", request.allowed_tools, can)
+        command.check_rules("disallowed-tools", request.disallowed_tools, can)
         return self._executor.mcp.config.servers_for(request.mcp_tools)
 
     def _turn_settings(self) -> command.TurnSettings:
@@ -313,7 +317,18 @@ class _Run:
             return None
         path = self._executor.settings.run_directory / f"mcp-{uuid4().hex}.json"
         text = self._executor.mcp.config.subset_json(servers)
-        await self._executor.in_thread(_write_private, path, text)
+        written: Deferred[None] = Deferred()
+
+        def over(result: Any) -> Deferred[None] | None:
+            if written.called:
+                # The turn was stopped meanwhile, and its thread has written all the same.
+                return Deferred.fromCoroutine(self._executor.in_thread(_remove, path))
+            written.callback(result)
+            return None
+
+        writing = self._executor.in_thread(_write_private, path, text)
+        Deferred.fromCoroutine(writing).addBoth(over)
+        await written
         return path
 
     async def _run_turn(
@@ -327,6 +342,7 @@ class _Run:
         executor, request = self._executor, self._request
         settings = self._turn_settings()
         kept: list[str] = []
+        known_as = plan.start.session_id
         context: dict[str, object] = {
             "request_id": request.request_id,
             "session_id": plan.session_id,
@@ -337,6 +353,9 @@ class _Run:
             if self.session_id is not None:
                 kept.append(executor.book.begun(plan, request, self.session_id))
                 leases[0].add_key(kept[0])
+                if known_as is not None and known_as != self.session_id:
+                    # Under the new id there is nothing to resume before the result.
+                    executor.book.resumed_by(kept[0], known_as)
             for source_lease in leases[1:]:
                 source_lease.release()
 
@@ -370,6 +389,11 @@ class _Run:
             agent.request("initialize", command.initialize_fields(settings, can))
         turn.start(agent, control.user_message(request.content, str(uuid4())))
         outcome = await turn.done
+        if outcome.result is not None:
+            if not kept and outcome.error is None:
+                begun(outcome.session_id)  # 1.0.24 clears without an init event
+            elif kept and outcome.session_id is not None and outcome.session_id != known_as:
+                executor.book.resumed_by(kept[0], outcome.session_id)
         if kept:
             executor.book.used(kept[0], request)
         return outcome

@@ -100,8 +100,9 @@ class Api:
         return prepare_error(request, error)
 
     @app.handle_errors(MethodNotAllowed)  # type: ignore[arg-type]  # this site makes ProxyRequests only
-    def wrong_method(self, request: ProxyRequest, _failure: TwistedFailure) -> bytes:
-        allow = _methods(request)
+    def wrong_method(self, request: ProxyRequest, failure: TwistedFailure) -> bytes:
+        assert isinstance(failure.value, MethodNotAllowed)  # noqa: S101 - as above
+        allow = tuple(sorted(failure.value.valid_methods or ()))
         message = f"This path takes {' and '.join(allow)}, not this method."
         return prepare_error(request, ProxyError(Failure.METHOD_NOT_ALLOWED, message, allow=allow))
 
@@ -119,10 +120,3 @@ class Api:
             request_id=request.request_id,
         )
         return prepare_error(request, ProxyError(Failure.INTERNAL_ERROR))
-
-
-_METHODS = {"/health": ("GET", "HEAD"), "/api/claude": ("POST",)}
-
-
-def _methods(request: ProxyRequest) -> tuple[str, ...]:
-    return _METHODS[request.path.decode("latin-1")]

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any
 
+from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from claude_proxy import __version__
@@ -126,6 +127,8 @@ class HealthReport:
     async def _run(self, name: str, check: Callable[[], Awaitable[Check]]) -> Check:
         try:
             return await check()
+        except CancelledError:
+            raise  # nobody waits for the report any more
         except Exception:  # noqa: BLE001 - a report is made whatever happens
             self._log.failure("the health check {name} is broken", type="health_broken", name=name)
             message = "The check itself failed; the server's log says more"

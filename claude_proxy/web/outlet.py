@@ -85,7 +85,10 @@ class Outlet:
     def write(self, data: bytes) -> None:
         """Write; without effect once the client has gone."""
         if self._state is _State.OPEN:
+            was_paused = self.paused
             self._request.write(data)
+            if was_paused:
+                self._unsent += len(data)  # or what is taken meanwhile would not be seen
 
     def finish(self) -> None:
         """End the response when the socket has taken all that was written."""
@@ -136,10 +139,8 @@ class Outlet:
 
     def _lost(self, _reason: TwistedFailure) -> None:
         """The client left, by itself or because it was let go."""
-        finished = self._state is _State.CLOSED
         self._close()
-        if not finished:
-            self._on_gone()
+        self._on_gone()
 
     def _finish(self) -> None:
         self._state = _State.CLOSED

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from time import monotonic
 from typing import IO, Any, cast
+from urllib.parse import quote, unquote_to_bytes
 from uuid import uuid4
 
 import msgspec
@@ -38,6 +39,8 @@ _IN_MEMORY = 1024 * 1024
 """The part of a body that is kept in memory, in bytes; a longer one goes to a temporary file."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+_SLASHES = re.compile("//+")
 
 _PREFLIGHT_AGE = b"600"
 
@@ -115,6 +118,7 @@ class ProxyRequest(Request):
         super().__init__(channel, queued)
         self.request_id = ""
         self.received = monotonic()
+        self._route: str | None = None
         self._refused = False
         self._body_size = 0
         self._linger_timer: IDelayedCall | None = None
@@ -125,6 +129,7 @@ class ProxyRequest(Request):
         self.uri = self.channel._path  # noqa: SLF001 - as above
         self.clientproto = self.channel._version  # noqa: SLF001 - as above
         self.path = self.uri.partition(b"?")[0]
+        self._route = _route_of(self.path)
         body = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - Twisted closes it
         self.content = cast(IO[bytes], body)
         self._set_headers()
@@ -158,7 +163,13 @@ class ProxyRequest(Request):
             self.write(prepare_preflight(self))
             self.finish()
             return
+        # The router gets the very path that the gate has looked at.
+        self.path = quote(self._route or "").encode()
         super().process()
+
+    def getRequestHostname(self) -> bytes:
+        # Klein would refuse, in HTML, hosts that it cannot read; nothing is routed by them.
+        return b"localhost"
 
     @property
     def _site(self) -> ProxySite:
@@ -197,10 +208,12 @@ class ProxyRequest(Request):
             )
 
     def _admit(self, length: int) -> None:
-        method, path = self.method.decode("latin-1"), self.path.decode("latin-1")
+        method, path = self.method.decode("latin-1"), self._route or ""
         try:
             self.tenant = self.gate.admit(method, path, self.head)
             self._log_attempt(None)
+            if self._route is None:
+                raise ProxyError(Failure.NOT_FOUND)  # noqa: TRY301 - refused like the others
             self.gate.check_body(method, path, self.head("content-type"), length)
         except ProxyError as error:
             if error.failure is Failure.INVALID_API_KEY:
@@ -240,12 +253,31 @@ class ProxyRequest(Request):
 
     def _lingered(self) -> None:
         self._linger_timer = None
+        # Under TLS, data still comes in while a connection is being closed.
+        channel: Any = self.channel
+        channel.dataReceived = _drop
         self.finish()
 
     def _stop_lingering(self) -> None:
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._lingered()
+
+
+def _route_of(path: bytes) -> str | None:
+    """
+    The path in the one spelling that counts for gate and router; None if it is no text.
+
+    What the gate protects must not be found by the router under another name.
+    """
+    try:
+        return _SLASHES.sub("/", "/" + unquote_to_bytes(path).decode())
+    except UnicodeDecodeError:
+        return None
+
+
+def _drop(data: bytes) -> None:
+    """What a connection does with data that nobody waits for any more."""
 
 
 def prepare_json(request: Request, status: int, body: bytes) -> bytes:
