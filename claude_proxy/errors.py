@@ -74,6 +74,12 @@ class Failure(Enum):
         "invalid_request_error",
         "Send the body as JSON, with the header 'Content-Type: application/json'.",
     )
+    REQUEST_TIMEOUT = _Entry(
+        "request_timeout",
+        408,
+        "invalid_request_error",
+        "The request body came too slowly. Send it again over a faster connection.",
+    )
     SERVER_BUSY = _Entry(
         "server_busy",
         429,

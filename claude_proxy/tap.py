@@ -25,9 +25,10 @@ from claude_proxy.cli.sweep import Sweeper
 from claude_proxy.cli.turn import Limits
 from claude_proxy.service import ProxyService
 from claude_proxy.sessions.book import SessionBook
-from claude_proxy.sessions.executor import Executor, ExecutorSettings
+from claude_proxy.sessions.executor import Executor
 from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpConfigError, McpServers
+from claude_proxy.sessions.run import RunContext, RunSettings
 from claude_proxy.sessions.statelock import StateInUse, StateLock
 from claude_proxy.sessions.store import Store
 from claude_proxy.sessions.workspaces import Workspaces
@@ -225,10 +226,10 @@ class _Builder:
     def _executor(self, book: SessionBook, lock: StateLock | None, run: Path) -> Executor:
         settings = self._settings
         state_id, run_id = (lock.state_id, lock.run_id) if lock else (uuid4().hex, uuid4().hex)
-        return Executor(
+        context = RunContext(
             self._reactor,
             self._reactor,
-            ExecutorSettings(
+            RunSettings(
                 limits=Limits(settings.total_timeout, settings.inactivity_timeout),
                 kill_timeout=settings.kill_timeout,
                 line_limit=max(_LINE_LIMIT, 2 * settings.max_body_bytes),
@@ -249,6 +250,7 @@ class _Builder:
             probe=self._probe,
             sweeper=self._sweeper,
         )
+        return Executor(context)
 
     def _gate(self) -> Gate:
         settings = self._settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -27,9 +28,10 @@ from claude_proxy.cli.versions import Capabilities, capabilities_of
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IRunningTurn, ITurnObserver
 from claude_proxy.sessions.book import SessionBook
-from claude_proxy.sessions.executor import Executor, ExecutorSettings
+from claude_proxy.sessions.executor import Executor
 from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpServers
+from claude_proxy.sessions.run import RunContext, RunSettings
 from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.sessions.workspaces import Workspaces
 from tests.support import FakeChild, FakeReactor, inline_store, result_of
@@ -118,10 +120,10 @@ class World:
         self.leases = Leases(self.reactor, queue_length=2, queue_timeout=30)
         self.probe = Probe(self.reactor, can)
         self.sweeper = SweepList(self.reactor)
-        self.executor = Executor(
+        self.context = RunContext(
             cast(IReactorProcess, self.reactor),
             self.reactor,
-            ExecutorSettings(
+            RunSettings(
                 limits=Limits(total=100, inactivity=50),
                 kill_timeout=5,
                 line_limit=1024 * 1024,
@@ -138,6 +140,7 @@ class World:
             probe=self.probe,
             sweeper=self.sweeper,
         )
+        self.executor = Executor(self.context)
 
     def ask(self, **fields: Any) -> tuple[IRunningTurn, Observer]:
         observer = Observer()
@@ -365,13 +368,25 @@ def test_an_unusable_workspace_is_the_outcome_and_frees_the_session(world: World
     assert world.is_idle()
 
 
-def test_a_cli_that_cannot_be_started_is_the_outcome_and_frees_the_session(world: World) -> None:
+@pytest.mark.parametrize(
+    ("number", "failure"),
+    [
+        (errno.ENOMEM, Failure.SERVER_BUSY),
+        (errno.EMFILE, Failure.SERVER_BUSY),
+        (errno.EAGAIN, Failure.SERVER_BUSY),
+        (errno.ENOEXEC, Failure.CLI_NOT_FOUND),
+    ],
+)
+def test_a_cli_that_cannot_be_started_is_the_outcome_and_frees_the_session(
+    world: World, number: int, failure: Failure
+) -> None:
     session = world.session()
-    world.reactor.spawn_error = OSError(12, "Cannot allocate memory")
+    world.reactor.spawn_error = OSError(number, os.strerror(number))
     _, observer = world.ask(session_id=session, mcp_tools=("mcp__git__log",))
-    assert observer.failure is Failure.CLI_NOT_FOUND
+    assert observer.failure is failure
     assert observer.outcome.error is not None
-    assert "Cannot allocate memory" in observer.outcome.error.message
+    assert os.strerror(number) in observer.outcome.error.message
+    assert observer.outcome.error.retry_after == (5 if failure is Failure.SERVER_BUSY else None)
     assert world.is_idle()
 
 
@@ -381,7 +396,7 @@ def test_a_fault_of_ours_is_logged_and_told_without_its_details(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a detail")
 
-    monkeypatch.setattr(world.executor.book, "planned", broken)
+    monkeypatch.setattr(world.context.book, "planned", broken)
     with capturedLogs() as events:
         _, observer = world.ask()
     assert observer.failure is Failure.INTERNAL_ERROR
@@ -655,13 +670,13 @@ def test_who_leaves_while_the_workspace_is_made_starts_nothing(
 def test_who_leaves_while_the_mcp_file_is_written_leaves_no_secret_behind(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = world.executor.book.planned
+    planned = world.context.book.planned
 
     def hold_now(*arguments: Any) -> None:
         planned(*arguments)
         world.reactor.hold_threads()
 
-    monkeypatch.setattr(world.executor.book, "planned", hold_now)
+    monkeypatch.setattr(world.context.book, "planned", hold_now)
     turn, observer = world.ask(mcp_tools=("mcp__git__log",))
     turn.stop(None)
     world.reactor.release_threads()

@@ -408,6 +408,41 @@ def test_a_client_may_leave_in_the_middle_of_its_body() -> None:
     assert world.mirror.seen == []
 
 
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    world = World(max_body=10_000_000)
+    world.connection.send(encode_request("POST", "/json", {**JSON, "Content-Length": "99"}, b"{"))
+    world.clock.advance(29.9)
+    assert world.connection.received == b""
+    world.clock.advance(0.2)
+    refused(world.connection.answers[0], Failure.REQUEST_TIMEOUT)
+    world.clock.advance(2)
+    assert world.connection.closed
+    assert world.mirror.seen == []
+    world.connection.lose()
+    assert world.clock.getDelayedCalls() == []
+
+
+def test_a_body_that_comes_steadily_may_take_longer() -> None:
+    world = World(max_body=10_000_000)
+    piece = b" " * 64 * 1024
+    size = str(40 * len(piece))
+    world.connection.send(encode_request("POST", "/json", {**JSON, "Content-Length": size}))
+    for _ in range(40):
+        world.clock.advance(1)
+        world.connection.send(piece)
+    assert world.connection.answers[0].status == 200
+    world.clock.advance(29)
+    assert len(world.connection.answers) == 1
+
+
+@pytest.mark.parametrize("body", [None, b"{}"])
+def test_no_timer_is_left_when_the_body_has_come(body: bytes | None) -> None:
+    world = World()
+    assert world.ask("POST", "/json", body, Content_Type="application/json").status == 200
+    world.connection.lose()
+    assert world.clock.getDelayedCalls() == []
+
+
 @given(st.binary(max_size=300))
 def test_hostile_bytes_never_reach_a_handler_or_break_the_site(data: bytes) -> None:
     world = World(**KEYED)

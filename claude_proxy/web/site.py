@@ -35,6 +35,11 @@ _log = Logger(namespace="claude_proxy.web")
 _LINGER = 2.0
 """Seconds for which the rest of a refused body is still read and dropped."""
 
+_BODY_TIME = 30.0
+"""Seconds that any body may take; each `_BODY_RATE` bytes that have come allow a second more."""
+
+_BODY_RATE = 64 * 1024
+
 _IN_MEMORY = 1024 * 1024
 """The part of a body that is kept in memory, in bytes; a longer one goes to a temporary file."""
 
@@ -121,7 +126,9 @@ class ProxyRequest(Request):
         self._route: str | None = None
         self._refused = False
         self._body_size = 0
+        self._head_time = 0.0
         self._linger_timer: IDelayedCall | None = None
+        self._body_timer: IDelayedCall | None = None
 
     def gotLength(self, length: int | None) -> None:
         # Called when the head is complete; what Twisted sets only after the body is needed now.
@@ -134,6 +141,9 @@ class ProxyRequest(Request):
         self.content = cast(IO[bytes], body)
         self._set_headers()
         self._admit(length or 0)
+        if not self._refused and length != 0:
+            self._head_time = self._site.clock.seconds()
+            self._body_timer = self._site.clock.callLater(_BODY_TIME, self._body_is_slow)
 
     def handleContentChunk(self, data: bytes) -> None:
         if self._refused:
@@ -145,12 +155,14 @@ class ProxyRequest(Request):
         super().handleContentChunk(data)
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        self._stop_body_timer()
         if self._refused:
             self._stop_lingering()
             return
         super().requestReceived(command, path, version)
 
     def connectionLost(self, reason: Any) -> None:
+        self._stop_body_timer()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
@@ -243,6 +255,7 @@ class ProxyRequest(Request):
     def _refuse(self, error: ProxyError) -> None:
         """Answer now; then read on for a moment without listening."""
         self._refused = True
+        self._stop_body_timer()
         # With Expect, the client waits for a word before it sends the body: this was the word.
         self.requestHeaders.removeHeader(b"expect")
         self.channel.persistent = False
@@ -250,6 +263,21 @@ class ProxyRequest(Request):
         body = prepare_error(self, error)
         self.write(body)
         self._linger_timer = self._site.clock.callLater(_LINGER, self._lingered)
+
+    def _body_is_slow(self) -> None:
+        """A body that comes by drops would hold its connection for ever."""
+        self._body_timer = None
+        allowed = _BODY_TIME + self._body_size / _BODY_RATE
+        left = self._head_time + allowed - self._site.clock.seconds()
+        if left > 0:
+            self._body_timer = self._site.clock.callLater(left, self._body_is_slow)
+        else:
+            self._refuse(ProxyError(Failure.REQUEST_TIMEOUT))
+
+    def _stop_body_timer(self) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
 
     def _lingered(self) -> None:
         self._linger_timer = None
