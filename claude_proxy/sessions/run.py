@@ -124,6 +124,8 @@ class Run:
         self._work: Deferred[None] = Deferred()
         self._turn: Turn | None = None
         self._agents: list[tuple[AgentProcess, str]] = []
+        self._kept: str | None = None
+        self._log_context: dict[str, object] = {}
         self._stop_reason: ProxyError | None = None
         self._reported = False
 
@@ -283,30 +285,13 @@ class Run:
     ) -> Outcome:
         around, request = self._context, self._request
         settings = self._turn_settings()
-        kept: list[str] = []
-        known_as = plan.start.session_id
-        log_context: dict[str, object] = {
-            "request_id": request.request_id,
-            "session_id": plan.session_id,
-        }
-
-        def begun(cli_id: str | None) -> None:
-            self.session_id = log_context["session_id"] = cli_id or plan.session_id
-            if self.session_id is not None:
-                kept.append(around.book.begun(plan, request, self.session_id))
-                leases[0].add_key(kept[0])
-                if known_as is not None and known_as != self.session_id:
-                    # Under the new id there is nothing to resume before the result.
-                    around.book.resumed_by(kept[0], known_as)
-            for source_lease in leases[1:]:
-                source_lease.release()
-
+        self._log_context = {"request_id": request.request_id, "session_id": plan.session_id}
         turn = Turn(
             around.clock,
             self._observer,
             around.settings.limits,
             requested=request.received,
-            begun=begun,
+            begun=lambda cli_id: self._begun(plan, leases, cli_id),
         )
         agent = AgentProcess(
             around.clock,
@@ -314,7 +299,7 @@ class Run:
             has_control=can.control,
             kill_timeout=around.settings.kill_timeout,
             line_limit=around.settings.line_limit,
-            log_context=log_context,
+            log_context=self._log_context,
         )
         argv = command.build_argv(
             around.probe.resolve(),
@@ -331,14 +316,32 @@ class Run:
             agent.request("initialize", command.initialize_fields(settings, can))
         turn.start(agent, control.user_message(request.content, str(uuid4())))
         outcome = await turn.done
-        if outcome.result is not None:
-            if not kept and outcome.error is None:
-                begun(outcome.session_id)  # 1.0.24 clears without an init event
-            elif kept and outcome.session_id is not None and outcome.session_id != known_as:
-                around.book.resumed_by(kept[0], outcome.session_id)
-        if kept:
-            around.book.used(kept[0], request)
+        self._write_down(plan, leases, outcome)
         return outcome
+
+    def _begun(self, plan: Plan, leases: list[Lease], cli_id: str | None) -> None:
+        """The CLI has taken the message, and says under which id."""
+        book, known_as = self._context.book, plan.start.session_id
+        self.session_id = self._log_context["session_id"] = cli_id or plan.session_id
+        if self.session_id is not None:
+            self._kept = book.begun(plan, self._request, self.session_id)
+            leases[0].add_key(self._kept)
+            if known_as is not None and known_as != self.session_id:
+                # Under the new id there is nothing to resume before the result.
+                book.resumed_by(self._kept, known_as)
+        for source_lease in leases[1:]:
+            source_lease.release()
+
+    def _write_down(self, plan: Plan, leases: list[Lease], outcome: Outcome) -> None:
+        """What the turn's end means for the session."""
+        book = self._context.book
+        if outcome.result is not None and outcome.session_id is not None:
+            if self._kept is None and outcome.error is None:
+                self._begun(plan, leases, outcome.session_id)  # 1.0.24 clears without an init event
+            elif self._kept is not None and outcome.session_id != plan.start.session_id:
+                book.resumed_by(self._kept, outcome.session_id)
+        if self._kept is not None:
+            book.used(self._kept, self._request)
 
     def _spawn(self, agent: AgentProcess, argv: list[str], workspace: str) -> None:
         around, request = self._context, self._request
