@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.claude_cli import NEW, OLD, Claude, install_claude, install_everything_server
+from tests.e2e.daemon import Daemon
 from tests.e2e.messages_api import MessagesApi
+from tests.e2e.server import Server, StartServer
 
 _HERE = Path(__file__).parent
 
@@ -49,3 +52,57 @@ def claude(request: pytest.FixtureRequest) -> Claude:
 def everything_server() -> list[str]:
     """The argument vector of a real MCP server on stdio."""
     return install_everything_server()
+
+
+@pytest.fixture
+def start_server(messages_api: MessagesApi, tmp_path: Path) -> Iterator[StartServer]:
+    """
+    Start a daemon for one test: the CLI, the environment added, and the name of its folder.
+
+    A second daemon with the same name has the state and the workspaces of the first.
+    """
+    with ExitStack() as stack:
+
+        def start(
+            claude: Claude, env: Mapping[str, str | None] | None = None, name: str = "daemon"
+        ) -> Server:
+            daemon = Daemon(tmp_path / name, claude, messages_api.url, env=env)
+            return Server(stack.enter_context(daemon), claude)
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def servers(
+    messages_api: MessagesApi, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Claude], Server]]:
+    """One daemon for each CLI, as it comes without settings, started when it is first wanted."""
+    with ExitStack() as stack:
+        started: dict[str, Server] = {}
+
+        def get(claude: Claude) -> Server:
+            if claude.version not in started:
+                folder = tmp_path_factory.mktemp("daemon")
+                daemon = stack.enter_context(Daemon(folder, claude, messages_api.url))
+                started[claude.version] = Server(daemon, claude)
+            return started[claude.version]
+
+        yield get
+
+
+@pytest.fixture
+def server(servers: Callable[[Claude], Server], claude: Claude) -> Server:
+    """The module's daemon, with each CLI in turn."""
+    return servers(claude)
+
+
+@pytest.fixture
+def new_server(servers: Callable[[Claude], Server], claude_new: Claude) -> Server:
+    """The module's daemon with the newer CLI."""
+    return servers(claude_new)
+
+
+@pytest.fixture
+def old_server(servers: Callable[[Claude], Server], claude_old: Claude) -> Server:
+    """The module's daemon with the oldest CLI."""
+    return servers(claude_old)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -45,6 +46,7 @@ _START_SECONDS = 20.0
 _STOP_SECONDS = 15.0
 _KEPT_LINES = 50_000
 _TICK_SECONDS = 0.02
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def cli_environment(
@@ -106,6 +108,7 @@ class Daemon:
         self.cwd = folder / "cwd"
         self.port = 0
         own = {
+            **_where_the_package_is(),
             "NODE_ENV": "production",
             "CLAUDE_CLI": shlex.quote(os.fspath(claude)),
             "WORKSPACE_BASE_PATH": str(self.base),
@@ -254,6 +257,15 @@ class Daemon:
         # Children that outlive the daemon may hold its pipes, so this does not wait for ever.
         for reader in self._readers:
             reader.join(1.0)
+
+
+@cache
+def _where_the_package_is() -> dict[str, str]:
+    """Nothing where the package is installed; else what lets twistd find this checkout."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('claude_proxy') is None)"
+    # Isolated, because the tests themselves find the checkout in their working directory.
+    installed = subprocess.run([sys.executable, "-I", "-c", look], check=False).returncode == 0
+    return {} if installed else {"PYTHONPATH": str(_CHECKOUT)}
 
 
 def _collect(pipe: IO[bytes], lines: deque[str]) -> None:
