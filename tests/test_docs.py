@@ -30,6 +30,7 @@ _FIELDS = [info.encode_name for info in msgspec.structs.fields(NativeRequest)]
 
 _NOT_OURS = {
     "ANTHROPIC_API_KEY",
+    "ANTHROPIC_BASE_URL",
     "ANTHROPIC_VERTEX_PROJECT_ID",
     "AWS_ACCESS_KEY_ID",
     "AWS_PROFILE",

@@ -13,10 +13,14 @@ __all__ = ["Executor"]
 
 
 class Executor:
-    """Runs turns."""
+    """
+    Runs turns.
+
+    @ivar context: what they share.
+    """
 
     def __init__(self, context: RunContext) -> None:
-        self._context = context
+        self.context = context
         self._runs: dict[Run, Deferred[None]] = {}
         self._closed = False
 
@@ -33,7 +37,7 @@ class Executor:
         """
         if self._closed:
             raise ProxyError(Failure.SHUTTING_DOWN, retry_after=COME_BACK)
-        run = Run(self._context, request, observer)
+        run = Run(self.context, request, observer)
         work = self._runs[run] = Deferred()
         work.addCallback(self._forget, run)
         run.start().chainDeferred(work)
@@ -57,13 +61,13 @@ class Executor:
                 drain_timer.cancel()
                 drained.callback(None)
 
-        drain_timer = self._context.clock.callLater(drain, drained.callback, None)
+        drain_timer = self.context.clock.callLater(drain, drained.callback, None)
         everything.addCallback(stop_waiting)
         await drained
         for run in list(self._runs):
             run.stop(ProxyError(Failure.SHUTTING_DOWN, retry_after=COME_BACK))
         await DeferredList([_branch(work) for work in self._runs.values()])
-        await self._context.sweeper.finish()
+        await self.context.sweeper.finish()
 
 
 def _branch(work: Deferred[None]) -> Deferred[None]:

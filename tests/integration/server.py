@@ -120,7 +120,7 @@ class Running:
     @property
     def is_idle(self) -> bool:
         """Whether no turn runs and no session is held."""
-        return self.executor.running == self.executor.leases.held == 0
+        return self.executor.running == self.executor.context.leases.held == 0
 
     def connect(self, *, receive_buffer: int | None = None) -> socket.socket:
         """
