@@ -209,7 +209,25 @@ class ProxyService(Service):
             mcp_servers=list(self._mcp.config.names),
         )
 
+    def _expect_impatience(self) -> Callable[[], None]:
+        """
+        Let a second signal end the waiting; return what takes that back.
+
+        Twisted would try to stop what is stopping already, and log a traceback.
+        """
+        reactor: Any = self._clock
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, lambda _n, _f: reactor.callFromThread(self._executor.hurry))
+
+        def take_back() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        return take_back
+
     async def _stop(self) -> None:
+        be_patient = self._expect_impatience()
         self._log.info(
             "stopping; {turns} turns are running",
             type="server_stopping",
@@ -224,6 +242,7 @@ class ProxyService(Service):
         if self._state_lock is not None:
             self._state_lock.release()
         self._log.info("stopped", type="server_stopped")
+        be_patient()
 
     async def _let_connections_go(self) -> None:
         """The reactor would drop what is still to be sent."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import email
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
+
+from tests.e2e.processes import processes_with_env, wait_until
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NOT_COPIED = (".*cache", ".git", ".tox", ".venv", ".hypothesis", "__pycache__", "*.egg-info")
@@ -85,9 +89,8 @@ class _Environment:
     def pip(self, *words: str) -> str:
         return _run([str(self.folder / "bin" / "python"), "-m", "pip", *words], self.folder)
 
-    def twistd(self, *words: str, cwd: Path | None = None, pythonpath: str = "") -> str:
-        extra = {"PYTHONPATH": pythonpath} if pythonpath else {}
-        return _run([str(self.folder / "bin" / "twistd"), *words], cwd or self.folder, extra)
+    def twistd(self, *words: str, cwd: Path, extra: Mapping[str, str] | None = None) -> str:
+        return _run([str(self.folder / "bin" / "twistd"), *words], cwd, extra)
 
     @contextmanager
     def installed(self, *what: str) -> Iterator[None]:
@@ -97,10 +100,13 @@ class _Environment:
         finally:
             self.pip("uninstall", "--yes", _NAME)
 
-    def our_files(self) -> list[Path]:
-        """Everything in it that bears our name."""
-        (packages,) = self.folder.glob("lib/python*/site-packages")
-        return list(packages.rglob("*claude*"))
+    def files(self) -> set[Path]:
+        """Everything in it, except what Python compiles for itself."""
+        return {
+            path
+            for path in self.folder.rglob("*")
+            if path.suffix != ".pyc" and path.name != "__pycache__"
+        }
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +123,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> _Envir
 
 def _check_that_it_serves(environment: _Environment, cwd: Path, pythonpath: str = "") -> None:
     """The plugin is found, and everything that its service needs can be imported."""
-    said = environment.twistd("claude-proxy", "--help", cwd=cwd, pythonpath=pythonpath)
+    extra = {"PYTHONPATH": pythonpath} if pythonpath else {}
+    said = environment.twistd("claude-proxy", "--help", cwd=cwd, extra=extra)
     assert "twistd [options] claude-proxy [options]" in said
     assert "--total-timeout-ms=" in said
 
@@ -192,11 +199,45 @@ def test_the_requirements_are_all_that_it_needs(environment: _Environment, wheel
         environment.pip("check")
 
 
+def test_the_wheel_runs_in_the_background_and_is_stopped(
+    environment: _Environment, wheel: Path, tmp_path: Path
+) -> None:
+    pidfile, log = tmp_path / "proxy.pid", tmp_path / "proxy.log"
+    listen = tmp_path / "socket"
+    settings = {
+        **dict.fromkeys(("API_KEY", "API_KEYS", "API_KEYS_FILE"), ""),
+        "LISTEN": f"unix:{listen}",
+        "STATE_PATH": str(tmp_path / "state"),
+        "WORKSPACE_BASE_PATH": str(tmp_path / "base"),
+        "CLAUDE_PROXY_DEMO_DELAY_MS": "0",
+    }
+    places = [f"--pidfile={pidfile}", f"--logfile={log}"]
+    with environment.installed("--no-deps", str(wheel)):
+        # Returns when the server listens and has left for the background.
+        environment.twistd(*places, "claude-proxy", "--demo", cwd=tmp_path, extra=settings)
+        pid = int(pidfile.read_text())
+        try:
+            transport = httpx.HTTPTransport(uds=str(listen))
+            with httpx.Client(base_url="http://localhost", transport=transport) as client:
+                assert client.get("/health").status_code == 200
+                answer = client.post("/api/claude", json={"prompt": "hi", "stream": False})
+            assert answer.json()["subtype"] == "success"
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not pidfile.exists(), "it has ended")
+    assert "server_stopped" in log.read_text()
+    assert not listen.exists()
+    assert processes_with_env(str(tmp_path)) == []
+
+
 def test_uninstalling_leaves_nothing(
     environment: _Environment, wheel: Path, tmp_path: Path
 ) -> None:
+    assert "claude-proxy" not in environment.twistd("--help", cwd=tmp_path)  # makes its cache
+    before = environment.files()
     with environment.installed("--no-deps", str(wheel)):
         _check_that_it_serves(environment, tmp_path)
-        assert environment.our_files()
-    assert environment.our_files() == []
+        assert environment.files() > before
+    assert environment.files() == before
+    assert not [path for path in environment.folder.rglob("*") if "claude" in path.name]
     assert "claude-proxy" not in environment.twistd("--help", cwd=tmp_path)

@@ -11,6 +11,7 @@ The functions that look through /proc block; `Sweeper` runs them in a thread.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -39,12 +40,17 @@ _PAUSE = 0.005
 
 _PREFIX = MARKER.encode() + b"="
 
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing of a process, only that one cannot look at it now."""
+
 
 def _marker_of(pid: str) -> str | None:
     """The marker in a process's environment; None without one, or if the process is not ours."""
     try:
         environment = (_PROC / pid / "environ").read_bytes()
-    except OSError:
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise
         return None
     for entry in environment.split(b"\0"):
         if entry.startswith(_PREFIX):
@@ -61,7 +67,9 @@ def _end_one(pid: str, wanted: Callable[[str], bool]) -> bool:
     """
     try:
         held = os.pidfd_open(int(pid))
-    except OSError:
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise
         return False
     try:
         marker = _marker_of(pid)
@@ -79,6 +87,8 @@ def _end_one(pid: str, wanted: Callable[[str], bool]) -> bool:
 def end_marked(wanted: Callable[[str], bool]) -> int:
     """
     Kill every process whose marker is wanted, but never this one; return how many.  Blocks.
+
+    @raise OSError: the processes cannot be looked at.
     """
     if not _PROC.is_dir() or not hasattr(os, "pidfd_open"):
         return 0
@@ -103,25 +113,37 @@ def end_marked(wanted: Callable[[str], bool]) -> int:
 
 
 class Sweeper:
-    """Runs sweeps in a thread, one at a time; markers that come meanwhile share the next one."""
+    """
+    Runs sweeps in a thread, one at a time; markers that come meanwhile share the next one.
+
+    What cannot be swept for want of descriptors or memory is tried again with the next sweep, and
+    at the end.
+    """
 
     _log = Logger(namespace="claude_proxy.cli")
 
     def __init__(self, reactor: IReactorThreads) -> None:
         self._reactor = reactor
         self._markers: set[str] = set()
+        self._put_off: set[str] = set()
         self._busy = False
         self._waiting: list[Deferred[None]] = []
 
     def sweep(self, marker: str) -> None:
         """End, soon, what carries exactly this marker."""
         self._markers.add(marker)
-        if not self._busy:
+        self._start()
+
+    def _start(self) -> None:
+        self._markers |= self._put_off
+        self._put_off.clear()
+        if self._markers and not self._busy:
             self._busy = True
             Deferred.fromCoroutine(self._work())
 
     async def finish(self) -> None:
-        """Wait until nothing is left to sweep."""
+        """Wait until nothing is left to sweep, or what is left cannot be swept."""
+        self._start()
         if self._busy:
             idle: Deferred[None] = Deferred()
             self._waiting.append(idle)
@@ -129,12 +151,15 @@ class Sweeper:
 
     async def sweep_where(self, wanted: Callable[[str], bool]) -> int:
         """End what carries a wanted marker; return how many processes there were."""
-        pool = cast(Any, self._reactor).getThreadPool()
         try:
-            ended: int = await deferToThreadPool(self._reactor, pool, end_marked, wanted)
+            return await self._end(wanted)
         except OSError as error:
-            self._log.error("could not sweep: {error}", type="sweep_failed", error=str(error))
+            self._tell(error)
             return 0
+
+    async def _end(self, wanted: Callable[[str], bool]) -> int:
+        pool = cast(Any, self._reactor).getThreadPool()
+        ended: int = await deferToThreadPool(self._reactor, pool, end_marked, wanted)
         if ended:
             self._log.warn(
                 "ended {count} processes that agents had left behind",
@@ -143,10 +168,18 @@ class Sweeper:
             )
         return ended
 
+    def _tell(self, error: OSError) -> None:
+        self._log.error("could not sweep: {error}", type="sweep_failed", error=str(error))
+
     async def _work(self) -> None:
         while self._markers:
             markers, self._markers = frozenset(self._markers), set()
-            await self.sweep_where(markers.__contains__)
+            try:
+                await self._end(markers.__contains__)
+            except OSError as error:
+                self._tell(error)
+                if error.errno in _EXHAUSTED:
+                    self._put_off |= markers
         self._busy = False
         waiting, self._waiting = self._waiting, []
         for idle in waiting:

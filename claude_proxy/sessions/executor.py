@@ -23,6 +23,7 @@ class Executor:
         self.context = context
         self._runs: dict[Run, Deferred[None]] = {}
         self._closed = False
+        self._drained: Deferred[None] | None = None
 
     @property
     def running(self) -> int:
@@ -55,19 +56,22 @@ class Executor:
         self._closed = True
         everything = DeferredList([_branch(work) for work in self._runs.values()])
         drained: Deferred[None] = Deferred()
-
-        def stop_waiting(_: object) -> None:
-            if drain_timer.active():
-                drain_timer.cancel()
-                drained.callback(None)
-
-        drain_timer = self.context.clock.callLater(drain, drained.callback, None)
-        everything.addCallback(stop_waiting)
+        self._drained = drained
+        drain_timer = self.context.clock.callLater(drain, self.hurry)
+        everything.addCallback(lambda _: self.hurry())
         await drained
+        if drain_timer.active():
+            drain_timer.cancel()
         for run in list(self._runs):
             run.stop(ProxyError(Failure.SHUTTING_DOWN, retry_after=COME_BACK))
         await DeferredList([_branch(work) for work in self._runs.values()])
         await self.context.sweeper.finish()
+
+    def hurry(self) -> None:
+        """Wait no longer for running turns to finish by themselves."""
+        drained, self._drained = self._drained, None
+        if drained is not None:
+            drained.callback(None)
 
 
 def _branch(work: Deferred[None]) -> Deferred[None]:

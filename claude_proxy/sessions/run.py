@@ -272,7 +272,12 @@ class Run:
 
         writing = self._context.in_thread(_write_private, path, text)
         Deferred.fromCoroutine(writing).addBoth(over)
-        await written
+        try:
+            await written
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise _not_started(error) from error
+            raise
         return path
 
     async def _run_turn(
@@ -416,8 +421,12 @@ def _milliseconds(seconds: float | None) -> float | None:
 def _write_private(path: Path, text: bytes) -> None:
     """Blocks."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(text)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text)
+    except OSError:
+        _remove(path)  # what a full disk has taken of it may be a secret
+        raise
 
 
 def _remove(path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from threading import Lock
 from types import FrameType
 from typing import TextIO, cast
@@ -106,7 +108,8 @@ def open_log_file(twistd_options: Mapping[str, object]) -> TextIO:
     if name == "-" and not twistd_options.get("nodaemon"):
         raise SystemExit("A daemon cannot log to the terminal: give twistd -n, or a --logfile.")
     if name == "-" or (twistd_options.get("nodaemon") and not name):
-        return sys.stdout
+        # Without any stdout (started with it closed), Python has None there.
+        return sys.stdout or Path(os.devnull).open("w")
     file = _RotatedFile(LogFile.fromFullPath(name or "twistd.log"))
     if not signal.getsignal(signal.SIGUSR1):  # neither a handler of somebody else nor ignored
         signal.signal(signal.SIGUSR1, file.rotate)

@@ -8,6 +8,7 @@ dropped for a moment, because a connection that is closed on unread data takes i
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,10 @@ _BODY_TIME = 30.0
 
 _BODY_RATE = 64 * 1024
 
-_IN_MEMORY = 1024 * 1024
+_COME_BACK = 5
+"""Seconds after which a client may send again what could not be kept for want of descriptors."""
+
+_IN_MEMORY = 256 * 1024
 """The part of a body that is kept in memory, in bytes; a longer one goes to a temporary file."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -152,7 +156,10 @@ class ProxyRequest(Request):
         if self._body_size > self.gate.max_body:
             self._refuse(self.gate.too_large())
             return
-        super().handleContentChunk(data)
+        try:
+            super().handleContentChunk(data)
+        except OSError as error:
+            self._refuse(self._not_kept(error))
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         self._stop_body_timer()
@@ -273,6 +280,22 @@ class ProxyRequest(Request):
             self._body_timer = self._site.clock.callLater(left, self._body_is_slow)
         else:
             self._refuse(ProxyError(Failure.REQUEST_TIMEOUT))
+
+    def _not_kept(self, error: OSError) -> ProxyError:
+        """Say why a long body does not fit into its temporary file."""
+        self._log.error(
+            "a request body could not be kept: {error}",
+            type="internal_error",
+            error=error.strerror,
+            request_id=self.request_id,
+        )
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            return ProxyError(Failure.INTERNAL_ERROR)
+        message = (
+            "The server cannot open another file now, which a body of this size needs. Try again "
+            "a little later; its administrator may raise the limit of descriptors."
+        )
+        return ProxyError(Failure.SERVER_BUSY, message, retry_after=_COME_BACK)
 
     def _stop_body_timer(self) -> None:
         if self._body_timer is not None:
