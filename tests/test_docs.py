@@ -294,3 +294,11 @@ def test_the_readme_links_every_page() -> None:
     text = (_ROOT / "README.md").read_text(encoding="utf-8")
     pages = [page.relative_to(_ROOT).as_posix() for page in (_ROOT / "docs").glob("*.md")]
     assert [page for page in pages if f"]({page})" not in text] == []
+
+
+def test_every_bad_day_names_tests_that_exist() -> None:
+    for row in _rows(_ROOT / "docs" / "reliability.md"):
+        named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", row[-1])
+        assert named, row[0]
+        for file, test in named:
+            assert re.search(rf"def {test}\(", (_ROOT / file).read_text(encoding="utf-8")), test

@@ -86,6 +86,7 @@ class AgentProcess(ProcessProtocol):
         self._stderr = bytearray()
         self._reason: TwistedFailure | None = None
         self._fault: str | None = None
+        self._hung_up = False
         self._requests_made = 0
         self._gone: list[Deferred[None]] = []
 
@@ -159,6 +160,7 @@ class AgentProcess(ProcessProtocol):
             del self._stderr[:-_STDERR_KEPT]
 
     def outConnectionLost(self) -> None:
+        self._hung_up = True
         self._happened(Input.HUNG_UP)
 
     def processExited(self, reason: TwistedFailure) -> None:
@@ -269,6 +271,9 @@ class AgentProcess(ProcessProtocol):
         """Signal the group: while the leader is not reaped, or once in `processExited`."""
         if self.pid is None:
             return
+        if self._hung_up and self._fault is None:
+            # Otherwise our own signal would be told as what ended it.
+            self._fault = "it closed its output and stayed"
         self._log.info(
             "sent {signal} to the process group {pid}",
             type="process_signal",
