@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from claude_proxy.cli.events import Event, parse_event
+from claude_proxy.cli.events import Event, parse_event, salvage_event
 
 JSON = st.recursive(
     st.none()
@@ -206,3 +206,31 @@ def test_what_people_wrote_is_not_in_the_repr() -> None:
     event = parsed(b'{"type":"user","subtype":"x","message":"my secret","uuid":"u"}')
     assert repr(event) == "<Event user/x of 62 bytes>"
     assert "secret" not in f"{event} {[event]} {event!r}"
+
+
+RESULT = b'{"type":"result","subtype":"success","session_id":"s"}'
+
+
+@pytest.mark.parametrize("before", [b"warning: ", b"\xff\xfe ", b"[] ", b"} "])
+def test_an_event_behind_words_without_a_newline_is_saved(before: bytes) -> None:
+    assert parse_event(before + RESULT) is None
+    event = salvage_event(before + RESULT)
+    assert event is not None
+    assert event.type == "result"
+    assert event.line == RESULT
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"words",
+        b"words { more }",
+        b'words {"type":"result"}',
+        b'words {"session_id":"s"}',
+        b'words {"type":"result","session_id":"s"} and more',
+        b'words {"type":"res',
+    ],
+)
+def test_words_alone_are_no_event(line: bytes) -> None:
+    assert salvage_event(line) is None

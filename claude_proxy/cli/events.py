@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["Event", "parse_event"]
+__all__ = ["Event", "parse_event", "salvage_event"]
 
 
 class Event(msgspec.Struct, gc=False, omit_defaults=True):
@@ -74,6 +74,20 @@ def parse_event(line: bytes) -> Event | None:
         return _parse_odd(line)
     event.line = line
     return event
+
+
+def salvage_event(line: bytes) -> Event | None:
+    """
+    Find the event behind words that somebody else wrote into its line.
+
+    A program that shares the CLI's stdout may end its output without a newline; the event that
+    follows must not be lost, least of all a result.
+
+    @return: the event, if what follows the first opening brace is one that belongs to a session.
+    """
+    start = line.find(b'{"')
+    event = parse_event(line[start:]) if start > 0 else None
+    return event if event is not None and event.type and event.session_id else None
 
 
 def _parse_odd(line: bytes) -> Event | None:

@@ -23,7 +23,7 @@ from twisted.python.failure import Failure as TwistedFailure
 
 from claude_proxy.cli import control
 from claude_proxy.cli.command import clean_stderr
-from claude_proxy.cli.events import Event, parse_event
+from claude_proxy.cli.events import Event, parse_event, salvage_event
 from claude_proxy.cli.framing import LineFramer, LineTooLongError
 from claude_proxy.cli.lifecycle import Action, Input, Lifecycle, State
 from claude_proxy.cli.outcomes import Ending
@@ -180,10 +180,10 @@ class AgentProcess(ProcessProtocol):
     def _lines_received(self, lines: list[bytes]) -> None:
         events = []
         for line in lines:
-            event = parse_event(line)
+            event = parse_event(line) or self._stray(line)
             if event is None:
-                self._not_an_event(line)
-            elif event.type.startswith("control_"):
+                continue
+            if event.type.startswith("control_"):
                 self._control_received(event)
             else:
                 events.append(event)
@@ -192,15 +192,18 @@ class AgentProcess(ProcessProtocol):
         if events and not self._discarding:
             self._listener.events_received(events)
 
-    def _not_an_event(self, line: bytes) -> None:
+    def _stray(self, line: bytes) -> Event | None:
+        """Log a line that is no event; return the event that it may hold all the same."""
+        event = salvage_event(line)
         if line.strip():
             self._log.warn(
-                "a line of {length} bytes on the CLI's stdout is no event and was left out",
+                "{length} bytes on the CLI's stdout are no event and were left out",
                 type="stray_output",
-                length=len(line),
+                length=len(line) - (len(event.line) if event is not None else 0),
                 pid=self.pid,
                 **self._log_context,
             )
+        return event
 
     def _control_received(self, event: Event) -> None:
         if event.type == "control_request":
