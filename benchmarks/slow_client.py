@@ -1,7 +1,7 @@
 """
-What a client that reads nothing costs, while its child offers 300 MB.
+What a client that reads nothing costs, while its child offers 300 MB (or as many as you say).
 
-    python -m benchmarks.slow_client
+    python -m benchmarks.slow_client [MEGABYTES]
 
 Shows the server's memory before and while, that the child is blocked, and how other clients are
 served meanwhile.  Aims: at most 5 MB more, and others at their usual speed.
@@ -9,6 +9,7 @@ served meanwhile.  Aims: at most 5 MB more, and others at their usual speed.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,8 +17,6 @@ from pathlib import Path
 from benchmarks.children import event_line, flood
 from benchmarks.harness import Server, connect, elapsed, request_bytes, server, spread
 from benchmarks.native_stream import through_server
-
-_OFFERED = 300_000_000
 
 
 def _health_times(running: Server, count: int = 100) -> list[float]:
@@ -49,8 +48,9 @@ def _written(child: Path) -> int:
 
 def main() -> None:
     """Measure and print."""
+    offered = (int(sys.argv[1]) if len(sys.argv) > 1 else 300) * 1_000_000
     with tempfile.TemporaryDirectory() as folder:
-        child = flood(Path(folder, "flood"), events=_OFFERED // len(event_line(200)))
+        child = flood(Path(folder, "flood"), events=offered // len(event_line(200)))
         with server(child) as running:
             through_server(running)
             usual, alone = _health_times(running), through_server(running)
