@@ -321,7 +321,7 @@ class Run:
             agent.request("initialize", command.initialize_fields(settings, can))
         turn.start(agent, control.user_message(request.content, str(uuid4())))
         outcome = await turn.done
-        self._write_down(plan, leases, outcome)
+        self._write_down(plan, leases, outcome, can)
         return outcome
 
     def _begun(self, plan: Plan, leases: list[Lease], cli_id: str | None) -> None:
@@ -337,13 +337,21 @@ class Run:
         for source_lease in leases[1:]:
             source_lease.release()
 
-    def _write_down(self, plan: Plan, leases: list[Lease], outcome: Outcome) -> None:
+    def _write_down(
+        self, plan: Plan, leases: list[Lease], outcome: Outcome, can: Capabilities
+    ) -> None:
         """What the turn's end means for the session."""
         book = self._context.book
+        # An old CLI keeps no transcript under an id that it took in the midst of a turn (/clear).
+        kept_by_cli = can.session_id or outcome.session_id == self.session_id
         if outcome.result is not None and outcome.session_id is not None:
             if self._kept is None and outcome.error is None:
                 self._begun(plan, leases, outcome.session_id)  # 1.0.24 clears without an init event
-            elif self._kept is not None and outcome.session_id != plan.start.session_id:
+            elif (
+                self._kept is not None
+                and outcome.session_id != plan.start.session_id
+                and kept_by_cli
+            ):
                 book.resumed_by(self._kept, outcome.session_id)
         if self._kept is not None:
             book.used(self._kept, self._request)

@@ -395,11 +395,11 @@ async def test_of_two_results_the_first_counts(tmp_path: Path) -> None:
 # Processes that say nothing.
 
 INACTIVE = (
-    "The Claude CLI was silent for the 0.3 seconds that this server allows "
+    "The Claude CLI was silent for the 1 seconds that this server allows "
     "(CLAUDE_INACTIVITY_TIMEOUT_MS) and was stopped."
 )
 TOO_LONG = (
-    "The turn took longer than the 0.3 seconds that this server allows "
+    "The turn took longer than the 1 seconds that this server allows "
     "(CLAUDE_TOTAL_TIMEOUT_MS) and was stopped."
 )
 TAKING = {
@@ -419,7 +419,7 @@ async def test_silence_ends_the_turn_however_the_process_takes_it(
 ) -> None:
     script: list[Step] = TAKING[manner]
     async with (
-        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="300") as server,
+        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="1000") as server,
         nothing_left(server),
     ):
         for stream in (False, True):
@@ -442,7 +442,7 @@ async def test_a_process_that_reads_nothing_is_ended_with_its_prompt_unread(
     tmp_path: Path, model: str
 ) -> None:
     async with (
-        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="300") as server,
+        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="1000") as server,
         nothing_left(server),
     ):
         for stream in (False, True):
@@ -459,7 +459,10 @@ async def test_a_turn_that_takes_too_long_is_ended_in_the_midst_of_it(
     script: list[Step] = [["say_for_ever", 10, 0.02]]
     if stubborn:
         script.insert(0, ["be_stubborn"])
-    async with misbehaving(tmp_path, CLAUDE_TOTAL_TIMEOUT_MS="300") as server, nothing_left(server):
+    async with (
+        misbehaving(tmp_path, CLAUDE_TOTAL_TIMEOUT_MS="1000") as server,
+        nothing_left(server),
+    ):
         answer = await ask(server, script, stream=False)
         check_told(answer, 504, "turn_timeout", TOO_LONG)
         *before, last = events_of(await ask(server, script))
@@ -472,7 +475,7 @@ async def test_a_turn_that_takes_too_long_is_ended_in_the_midst_of_it(
 async def test_the_whole_ladder_has_its_true_times(tmp_path: Path) -> None:
     script: list[Step] = [["be_stubborn"], *SPOKE, ["hang"]]
     async with (
-        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="300") as server,
+        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="1000") as server,
         nothing_left(server),
     ):
         await ask(server, script)
@@ -480,8 +483,8 @@ async def test_the_whole_ladder_has_its_true_times(tmp_path: Path) -> None:
         clock: Any = server.executor.context.clock
         told = clock.seconds()
         await until(lambda: not is_alive(pid), "it is killed")
-        # A second for the interrupt, one for the end of stdin, 0.2 for TERM.
-        assert 2.1 < clock.seconds() - told < 5
+        # A second each for interrupt and end of stdin, 0.2 for TERM, less what the answer took.
+        assert 1.5 < clock.seconds() - told < 20
 
 
 # Processes that leave others behind.
@@ -518,11 +521,12 @@ async def test_a_stubborn_family_is_ended_with_its_turn(tmp_path: Path) -> None:
     ]
     script: list[Step] = [["be_stubborn"], *forks, *SPOKE, ["hang"]]
     async with (
-        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="400") as server,
+        misbehaving(tmp_path, CLAUDE_INACTIVITY_TIMEOUT_MS="1200") as server,
         nothing_left(server),
     ):
         answer = await ask(server, script)
-        check_told_late(answer, "timeout", "inactivity_timeout", INACTIVE.replace("0.3", "0.4"))
+        told = INACTIVE.replace("the 1 s", "the 1.2 s")
+        check_told_late(answer, "timeout", "inactivity_timeout", told)
 
 
 # Processes that change their session.
