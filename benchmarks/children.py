@@ -53,9 +53,11 @@ def put(data):
 while b'"user"' not in sys.stdin.buffer.readline():
     pass
 put({init!r})
-block = {event!r} * {per_block}
-for _ in range({blocks}):
+event = {event!r}
+block = event * {per_block}
+for _ in range({events} // {per_block}):
     put(block)
+put(event * ({events} % {per_block}))
 put({result!r})
 sys.stdin.buffer.read()
 """
@@ -63,13 +65,12 @@ sys.stdin.buffer.read()
 
 def flood(path: Path, *, events: int, characters: int = 200) -> Path:
     """Write a child that sends so many events as fast as its pipe takes them."""
-    per_block = 1000
     script = _FLOOD.format(
         python=sys.executable,
         init=json.dumps(_INIT).encode() + b"\n",
         event=event_line(characters),
-        per_block=per_block,
-        blocks=events // per_block,
+        events=events,
+        per_block=1000,
         result=json.dumps(_RESULT).encode() + b"\n",
     )
     return _executable(path, script)

@@ -10,16 +10,19 @@ Aim: at most 3 ms.
 from __future__ import annotations
 
 import os
+import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.children import instant
-from benchmarks.harness import connect, elapsed, request_bytes, server, spread
+from benchmarks.harness import argument, connect, elapsed, request_bytes, server, spread
 from claude_proxy.cli.command import launch_prefix
+
+_END = b"0\r\n\r\n"
+_EVENTS = 3
 
 
 def bare_start(child: Path, folder: str) -> float:
@@ -37,25 +40,35 @@ def bare_start(child: Path, folder: str) -> float:
     return seconds
 
 
+def through_server(connection: socket.socket) -> float:
+    """Seconds until the first text of an answer; it is read to its end."""
+    begin = time.perf_counter()
+    connection.sendall(request_bytes({"prompt": "x"}))
+    seen, first = b"", None
+    while not seen.endswith(_END):
+        data = connection.recv(1 << 16)
+        seen += data
+        if first is None and b"assistant" in seen:
+            first = elapsed(begin)
+        if not data:
+            break
+    if first is None or seen.count(b"\ndata: ") != _EVENTS or not seen.endswith(_END):
+        raise SystemExit(f"The answer is not whole: {seen!r}")
+    return first
+
+
 def main() -> None:
     """Measure and print."""
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    pairs = argument(1, 200)
     with tempfile.TemporaryDirectory() as folder:
         child = instant(Path(folder, "instant"))
         with server(child) as running:
             connection = connect(running.port)
             ours, theirs = [], []
             for _ in range(pairs):
-                begin = time.perf_counter()
-                connection.sendall(request_bytes({"prompt": "x"}))
-                seen, first = b"", None
-                while not seen.endswith(b"0\r\n\r\n"):
-                    seen += connection.recv(1 << 16)
-                    if first is None and b"assistant" in seen:
-                        first = elapsed(begin)
-                assert first is not None, seen
-                ours.append(first)
+                ours.append(through_server(connection))
                 theirs.append(bare_start(child, folder))
+            connection.close()
     added = statistics.median(ours) - statistics.median(theirs)
     print(f"bare start     {spread(theirs)}")
     print(f"claude-proxy   {spread(ours)}")

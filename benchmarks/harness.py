@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Server", "connect", "request_bytes", "server", "spread"]
+__all__ = ["Server", "argument", "connect", "elapsed", "request_bytes", "server", "spread"]
 
 _HERE = Path(__file__).resolve().parent.parent
 
@@ -109,6 +109,11 @@ def spread(samples: Sequence[float]) -> str:
     ordered = sorted(sample * 1000 for sample in samples)
     low, high = ordered[len(ordered) * 5 // 100], ordered[len(ordered) * 95 // 100]
     return f"{statistics.median(ordered):.2f} ms ({low:.2f} to {high:.2f})"
+
+
+def argument(position: int, default: int) -> int:
+    """A number from the command line, counted from 1."""
+    return int(sys.argv[position]) if len(sys.argv) > position else default
 
 
 def elapsed(since: float) -> float:

@@ -9,16 +9,17 @@ The client counts every event.  Aims: 200,000 events a second, and 0.35 CPU seco
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.children import flood
-from benchmarks.harness import Server, connect, elapsed, request_bytes, server
+from benchmarks.harness import Server, argument, connect, elapsed, request_bytes, server
 
 _BODY: dict[str, object] = {"prompt": "x", "include-partial-messages": True}
+_START = b"\ndata: "
 _END = b"0\r\n\r\n"
 
 
@@ -40,28 +41,44 @@ def through_pipe(child: Path) -> tuple[int, float]:
     return lines, seconds
 
 
-def through_server(running: Server) -> tuple[int, float, float]:
-    """Events, seconds and the server's CPU seconds of one stream."""
+def ask(running: Server) -> socket.socket:
+    """Ask for the flood, and read nothing of it."""
     connection = connect(running.port)
-    cpu, begin = running.cpu(), time.perf_counter()
     connection.sendall(request_bytes(_BODY))
+    return connection
+
+
+def read_events(connection: socket.socket, expected: int) -> None:
+    """
+    Read a whole stream and count its events; closes the connection.
+
+    @param expected: how many the child sends between the first and the last event.
+    """
     buffer = bytearray(1 << 20)
     events, carried = 0, b""
-    while not carried.endswith(_END):
-        size = connection.recv_into(buffer)
-        if not size:
-            raise RuntimeError("the stream was cut")
-        data = carried + bytes(memoryview(buffer)[:size])
-        # The blank line that ends an event may be cut in two: only a line's start counts here.
-        events += data.count(b"\ndata: ", max(0, len(carried) - 6))
-        carried = data[-6:]
-    connection.close()
-    return events, elapsed(begin), running.cpu() - cpu
+    with connection:
+        while not carried.endswith(_END):
+            size = connection.recv_into(buffer)
+            if not size:
+                raise SystemExit("The stream was cut.")
+            data = carried + bytes(memoryview(buffer)[:size])
+            # What was carried is too short to be counted twice.
+            events += data.count(_START)
+            carried = data[1 - len(_START) :]
+    if events != expected + 2:
+        raise SystemExit(f"{expected + 2 - events} events were lost.")
+
+
+def through_server(running: Server, expected: int) -> tuple[float, float]:
+    """Seconds, and CPU seconds of the server, for one stream; every event is counted."""
+    cpu, begin = running.cpu(), time.perf_counter()
+    read_events(ask(running), expected)
+    return elapsed(begin), running.cpu() - cpu
 
 
 def main() -> None:
     """Measure and print."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    count = argument(1, 1_000_000)
     with tempfile.TemporaryDirectory() as folder:
         child = flood(Path(folder, "flood"), events=count)
         lines, seconds = through_pipe(child)
@@ -69,14 +86,12 @@ def main() -> None:
         print(f"bare pipe      {bare:12,.0f} lines/s")
         with server(child) as running:
             for _ in range(3):
-                events, seconds, cpu = through_server(running)
-                rate = events / seconds
+                seconds, cpu = through_server(running, count)
+                rate, events = count / seconds, count + 2
                 print(
-                    f"claude-proxy   {rate:12,.0f} events/s  {cpu / events * 1e5:.3f} CPU s "
+                    f"claude-proxy   {rate:12,.0f} events/s  {cpu / count * 1e5:.3f} CPU s "
                     f"per 100,000  {rate / bare:.2f} of the pipe  {events:,} events"
                 )
-                if events != count + 2:
-                    raise SystemExit(f"{count + 2 - events} events were lost")
 
 
 if __name__ == "__main__":
