@@ -122,7 +122,12 @@ def test_a_request_without_an_id_cannot_be_answered(fields: dict[str, Any]) -> N
         ({"subtype": "success", "request_id": "a"}, ControlAnswer("a", None)),
         (
             {"subtype": "success", "request_id": "a", "response": {"mode": "plan"}, "error": "x"},
-            ControlAnswer("a", None),
+            ControlAnswer("a", None, {"mode": "plan"}),
+        ),
+        ({"subtype": "success", "request_id": "a", "response": ["x"]}, ControlAnswer("a", None)),
+        (
+            {"subtype": "error", "request_id": "a", "response": {"x": 1}, "error": "no"},
+            ControlAnswer("a", "no"),
         ),
         ({"subtype": "error", "request_id": "a", "error": "no"}, ControlAnswer("a", "no")),
         ({"subtype": "error", "request_id": "a"}, ControlAnswer("a", "unknown error")),
@@ -137,6 +142,10 @@ def test_a_request_without_an_id_cannot_be_answered(fields: dict[str, Any]) -> N
 )
 def test_answers_are_read(response: object, answer: ControlAnswer | None) -> None:
     assert parse_answer({"type": "control_response", "response": response}) == answer
+
+
+def test_what_an_answer_tells_is_not_in_its_repr() -> None:
+    assert "geheim" not in repr(ControlAnswer("a", None, {"account": "geheim@example.com"}))
 
 
 def test_an_answer_without_a_response_is_none() -> None:

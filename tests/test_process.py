@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
+from claude_proxy.cli.control import ControlAnswer
 from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Ending
 from claude_proxy.cli.process import POLITE_WAIT, AgentProcess
@@ -210,6 +211,36 @@ def test_only_refused_control_requests_of_ours_are_logged(child: Child) -> None:
         ("control_refused", "req_2", "no")
     ]
     assert child.listener.batches == []
+
+
+def test_an_answer_reaches_the_one_who_asked_once(child: Child) -> None:
+    first: list[ControlAnswer] = []
+    second: list[ControlAnswer] = []
+    child.agent.request("initialize", {}, first.append)
+    child.agent.request("interrupt")
+    child.agent.request("mcp_status", answered=second.append)
+    success = (
+        b'{"type":"control_response","response":{"subtype":"success","request_id":"req_%d",'
+        b'"response":{"n":%d}}}'
+    )
+    child.says(success % (2, 2), success % (1, 1), success % (1, 9), success % (7, 7))
+    assert (first, second) == ([ControlAnswer("req_1", None, {"n": 1})], [])
+    with capturedLogs() as logs:
+        child.says(
+            b'{"type":"control_response","response":{"subtype":"error","request_id":"req_3",'
+            b'"error":"no"}}',
+        )
+    assert second == [ControlAnswer("req_3", "no")]
+    assert [log["type"] for log in logs] == ["control_refused"]
+    assert child.listener.batches == []
+
+
+def test_an_answer_arrives_also_while_the_process_is_stopped(child: Child) -> None:
+    answers: list[ControlAnswer] = []
+    child.agent.request("initialize", answered=answers.append)
+    child.agent.stop()
+    child.says(b'{"type":"control_response","response":{"subtype":"success","request_id":"req_1"}}')
+    assert answers == [ControlAnswer("req_1", None)]
 
 
 def test_an_unfinished_last_line_counts_if_it_is_whole(child: Child) -> None:

@@ -83,6 +83,9 @@ def test_nothing_set_gives_the_defaults() -> None:
         cors_origins=(),
         allow_skip_permissions=True,
         workspace_hooks=False,
+        model_aliases=(),
+        chat_activity="reasoning",
+        chat_text_parameters="all",
         state_path=Path("/home/me/.local/state/claude-proxy"),
         child_environment={"HOME": "/home/me"},
         public_without_keys=False,
@@ -113,9 +116,9 @@ def test_blanks_around_a_value_do_not_count() -> None:
 
 
 def test_the_table_names_each_setting_and_flag_once() -> None:
-    assert len({row.variable for row in SETTINGS}) == len(SETTINGS) == 24
+    assert len({row.variable for row in SETTINGS}) == len(SETTINGS) == 27
     flags = [row.flag for row in SETTINGS if row.flag]
-    assert len(set(flags)) == len(flags) == 21
+    assert len(set(flags)) == len(flags) == 24
     assert {row.variable for row in SETTINGS if row.flag is None} == NO_KEY_FLAGS
 
 
@@ -162,6 +165,9 @@ def test_every_row_of_the_table_has_an_effect(row: settings_module.Setting, tmp_
         "ALLOW_SKIP_PERMISSIONS": "no",
         "WORKSPACE_HOOKS": "yes",
         "STATE_PATH": "state",
+        "MODEL_ALIASES": "fast=haiku",
+        "CHAT_ACTIVITY": "content",
+        "CHAT_TEXT_PARAMETERS": "safe",
     }.get(row.variable, "2048")
     changed = load({row.variable: other})
     assert changed != load()
@@ -239,6 +245,9 @@ def test_all_mistakes_are_reported_in_one_message() -> None:
         "CORS_ORIGINS": "nonsense",
         "ALLOW_SKIP_PERMISSIONS": "maybe",
         "WORKSPACE_HOOKS": "2",
+        "MODEL_ALIASES": "gpt-4o",
+        "CHAT_ACTIVITY": "somewhere",
+        "CHAT_TEXT_PARAMETERS": "some",
     }
     with pytest.raises(SettingsError) as caught:
         load(bad)
@@ -529,6 +538,73 @@ def test_what_is_no_program_is_a_mistake(text: str) -> None:
     assert mistake.startswith("CLAUDE_CLI is ")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "gpt-4o=claude-code,fast=haiku",
+            (("gpt-4o", "claude-code"), ("fast", "haiku")),
+        ),
+        (" Fast = sonnet[1m] ,, *=claude-code,", (("Fast", "sonnet[1m]"), ("*", "claude-code"))),
+        ("fast=haiku,Fast=opus", (("fast", "haiku"), ("Fast", "opus"))),
+        (
+            "anthropic/claude-sonnet-5=claude-sonnet-5,claude-old=us.anthropic.x-v1:0@2025",
+            (
+                ("anthropic/claude-sonnet-5", "claude-sonnet-5"),
+                ("claude-old", "us.anthropic.x-v1:0@2025"),
+            ),
+        ),
+        (",", ()),
+    ],
+)
+def test_model_aliases_keep_their_order_and_capitals(
+    text: str, expected: tuple[tuple[str, str], ...]
+) -> None:
+    assert load({"MODEL_ALIASES": text}).model_aliases == expected
+
+
+@pytest.mark.parametrize(
+    ("pair", "why"),
+    [
+        ("gpt-4o", "no name of a model"),
+        ("=haiku", "no name of a model"),
+        ("fast=", "no name of a model"),
+        ("fast=*", "no name of a model"),
+        ("fast=haiku=opus", "no name of a model"),
+        ("my model=haiku", "no name of a model"),
+        ("--x=haiku", "no name of a model"),
+        ("fast=--x", "no name of a model"),
+        ("gpt-*=haiku", "no name of a model"),
+        ("x" * 257 + "=haiku", "no name of a model"),
+        ("claude-code=opus", "always means the CLI's default"),
+        ("ok=opus", "twice"),
+        ("ok=haiku", "twice"),
+    ],
+)
+def test_a_bad_alias_is_named_with_its_place(pair: str, why: str) -> None:
+    (mistake,) = mistakes({"MODEL_ALIASES": f"ok=haiku,{pair},good=opus"})
+    shown = repr(pair if len(pair) <= 80 else pair[:80] + "...")
+    assert mistake.startswith(f"MODEL_ALIASES, pair 2, is {shown} (from the environment): ")
+    assert why in mistake
+    assert "gpt-4o=claude-code,fast=haiku" in mistake
+
+
+def test_every_bad_alias_is_named() -> None:
+    found = mistakes(dotenv={"MODEL_ALIASES": "a,b=opus,c=,*=x,*=y"})
+    assert [mistake.split(",")[1] for mistake in found] == [" pair 1", " pair 3", " pair 5"]
+    assert all("(from .env)" in mistake for mistake in found)
+
+
+def test_what_chats_may_do_is_a_choice() -> None:
+    settings = load({"CHAT_ACTIVITY": "NONE", "CHAT_TEXT_PARAMETERS": "Safe"})
+    assert (settings.chat_activity, settings.chat_text_parameters) == ("none", "safe")
+    found = mistakes({"CHAT_ACTIVITY": "all", "CHAT_TEXT_PARAMETERS": "reasoning"})
+    assert [mistake.partition("Accepted: ")[2] for mistake in found] == [
+        "reasoning, content, none.",
+        "all, safe, none.",
+    ]
+
+
 def test_the_child_inherits_everything_but_our_own() -> None:
     own = dict.fromkeys(OWN_VARIABLES - {row.variable for row in SETTINGS}, "x")
     service = dict.fromkeys(
@@ -569,7 +645,7 @@ def test_the_child_inherits_everything_but_our_own() -> None:
 
 def test_reserved_names_are_our_own_too() -> None:
     assert {row.variable for row in SETTINGS} < OWN_VARIABLES
-    assert {"MODEL_ALIASES", "CHAT_ACTIVITY", "SPARE_PROCESSES"} < OWN_VARIABLES
+    assert {"LIVE_SESSIONS", "MAX_CONCURRENT_TURNS", "SPARE_PROCESSES"} < OWN_VARIABLES
     assert not {name for name in OWN_VARIABLES if name.startswith("ANTHROPIC")}
 
 

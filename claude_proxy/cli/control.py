@@ -73,10 +73,20 @@ def refusal(request: Mapping[str, Any]) -> bytes | None:
 
 
 class ControlAnswer(msgspec.Struct, frozen=True):
-    """The CLI's answer to one control request of ours; `error` is None on success."""
+    """
+    The CLI's answer to one control request of ours.
+
+    @ivar error: None on success.
+    @ivar payload: what it tells on success, mostly nothing.
+    """
 
     request_id: str
     error: str | None
+    payload: Mapping[str, Any] = {}
+
+    def __repr__(self) -> str:
+        # The payload may name the account that the CLI is logged in to.
+        return f"<ControlAnswer to {self.request_id}: {self.error or 'success'}>"
 
 
 def parse_answer(answer: Mapping[str, Any]) -> ControlAnswer | None:
@@ -88,6 +98,7 @@ def parse_answer(answer: Mapping[str, Any]) -> ControlAnswer | None:
     if not isinstance(request_id, str):
         return None
     if response.get("subtype") == "success":
-        return ControlAnswer(request_id, None)
+        payload = response.get("response")
+        return ControlAnswer(request_id, None, payload if isinstance(payload, dict) else {})
     error = response.get("error")
     return ControlAnswer(request_id, error if isinstance(error, str) else "unknown error")

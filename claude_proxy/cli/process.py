@@ -88,6 +88,7 @@ class AgentProcess(ProcessProtocol):
         self._fault: str | None = None
         self._hung_up = False
         self._requests_made = 0
+        self._unanswered: dict[str, Callable[[control.ControlAnswer], None]] = {}
         self._gone: list[Deferred[None]] = []
 
     # What the turn asks for.
@@ -110,10 +111,22 @@ class AgentProcess(ProcessProtocol):
         if self.transport is not None and not self.ended:
             self.transport.write(data)
 
-    def request(self, subtype: str, fields: dict[str, Any] | None = None) -> None:
-        """Send a control request; an answer that is an error is logged."""
+    def request(
+        self,
+        subtype: str,
+        fields: dict[str, Any] | None = None,
+        answered: Callable[[control.ControlAnswer], None] | None = None,
+    ) -> None:
+        """
+        Send a control request; an answer that is an error is logged.
+
+        @param answered: called with the answer, at most once: never if the process ends before.
+        """
         self._requests_made += 1
-        self.write(control.control_request(f"req_{self._requests_made}", subtype, fields))
+        request_id = f"req_{self._requests_made}"
+        if answered is not None:
+            self._unanswered[request_id] = answered
+        self.write(control.control_request(request_id, subtype, fields))
 
     def finish(self) -> None:
         """Let it leave by itself: its last result has been read."""
@@ -207,20 +220,27 @@ class AgentProcess(ProcessProtocol):
 
     def _control_received(self, event: Event) -> None:
         if event.type == "control_request":
-            answer = control.refusal(event.fields())
-            if answer is not None:
-                self.write(answer)
+            refusal = control.refusal(event.fields())
+            if refusal is not None:
+                self.write(refusal)
         elif event.type == "control_response":
-            answered = control.parse_answer(event.fields())
-            if answered is not None and answered.error is not None:
-                self._log.warn(
-                    "the CLI refused the control request {control_id}: {error}",
-                    type="control_refused",
-                    control_id=answered.request_id,
-                    error=answered.error,
-                    pid=self.pid,
-                    **self._log_context,
-                )
+            answer = control.parse_answer(event.fields())
+            if answer is not None:
+                self._answer_received(answer)
+
+    def _answer_received(self, answer: control.ControlAnswer) -> None:
+        if answer.error is not None:
+            self._log.warn(
+                "the CLI refused the control request {control_id}: {error}",
+                type="control_refused",
+                control_id=answer.request_id,
+                error=answer.error,
+                pid=self.pid,
+                **self._log_context,
+            )
+        answered = self._unanswered.pop(answer.request_id, None)
+        if answered is not None:
+            answered(answer)
 
     def _fail(self, fault: str) -> None:
         self._fault = fault

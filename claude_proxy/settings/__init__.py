@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
 from claude_proxy.settings.environment import child_environment, read_dotenv
 from claude_proxy.settings.keys import ApiKey, read_keys
-from claude_proxy.settings.reader import Paths, Reader, SettingsError
+from claude_proxy.settings.reader import Paths, Reader, SettingsError, shown
 from claude_proxy.settings.table import KEY_VARIABLES, OWN_VARIABLES, SETTINGS, Setting
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
 
 _HOST_NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 _ENDPOINT = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*:.+")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
@@ -43,6 +44,10 @@ class Settings:
 
     @ivar listen: the Twisted endpoint description, from LISTEN or from HOST and PORT.
     @ivar mcp_config_named: whether the MCP file was asked for by name and so must exist.
+    @ivar model_aliases: what clients may call a model, and which one that means; ``*`` stands for
+        every other name, ``claude-code`` for the CLI's default.
+    @ivar chat_activity: ``reasoning``, ``content`` or ``none``.
+    @ivar chat_text_parameters: ``all``, ``safe`` or ``none``.
     @ivar child_environment: what the CLI inherits: nothing of our own settings.
     @ivar public_without_keys: anybody who reaches this address may use the server; warn.
     """
@@ -69,6 +74,9 @@ class Settings:
     cors_origins: tuple[str, ...]
     allow_skip_permissions: bool
     workspace_hooks: bool
+    model_aliases: tuple[tuple[str, str], ...]
+    chat_activity: str
+    chat_text_parameters: str
     state_path: Path
     child_environment: Mapping[str, str] = field(repr=False, hash=False)
     public_without_keys: bool
@@ -121,6 +129,9 @@ def load_settings(
         cors_origins=_cors_origins(reader, keyed=keyed),
         allow_skip_permissions=reader.switch("ALLOW_SKIP_PERMISSIONS"),
         workspace_hooks=reader.switch("WORKSPACE_HOOKS"),
+        model_aliases=_model_aliases(reader),
+        chat_activity=reader.choice("CHAT_ACTIVITY", ("reasoning", "content", "none")),
+        chat_text_parameters=reader.choice("CHAT_TEXT_PARAMETERS", ("all", "safe", "none")),
         state_path=_state_path(reader, paths, environ),
         child_environment=child_environment(environ, dotenv),
         public_without_keys=not keyed and _is_public(listen),
@@ -210,6 +221,34 @@ def _claude_cli(reader: Reader, paths: Paths) -> tuple[str, ...]:
     # A relative path is meant from here: in a workspace it would name somebody else's program.
     program = str(paths.absolute(words[0])) if "/" in words[0] else words[0]
     return (program, *words[1:])
+
+
+def _model_aliases(reader: Reader) -> tuple[tuple[str, str], ...]:
+    """The pairs in their order; each bad one is a mistake of its own."""
+    aliases: dict[str, str] = {}
+    for number, part in enumerate(reader.text("MODEL_ALIASES").split(","), 1):
+        pair = part.strip()
+        if not pair:
+            continue
+        name, _, model = (side.strip() for side in pair.partition("="))
+        if why := _bad_alias(name, model, aliases):
+            source = reader.source("MODEL_ALIASES")
+            reader.mistakes.append(
+                f"MODEL_ALIASES, pair {number}, is {shown(pair)} (from {source}): {why}. "
+                "Accepted: NAME=MODEL pairs, separated by commas, such as "
+                "gpt-4o=claude-code,fast=haiku; the name may be *."
+            )
+        aliases.setdefault(name, model)
+    return tuple(aliases.items())
+
+
+def _bad_alias(name: str, model: str, others: Collection[str]) -> str | None:
+    """Why a pair is not accepted; None if it is."""
+    if not (name == "*" or _MODEL.fullmatch(name)) or not _MODEL.fullmatch(model):
+        return "it is no name of a model, '=', and the model that it means"
+    if name == "claude-code":
+        return "claude-code always means the CLI's default model"
+    return "the name is there twice" if name in others else None
 
 
 def _state_path(reader: Reader, paths: Paths, environ: Mapping[str, str]) -> Path:

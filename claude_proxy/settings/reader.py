@@ -9,7 +9,7 @@ from pathlib import Path
 
 from claude_proxy.settings.table import BY_VARIABLE
 
-__all__ = ["Paths", "Reader", "SettingsError"]
+__all__ = ["Paths", "Reader", "SettingsError", "shown"]
 
 # The longest delay that JavaScript timers know, so that values move over unchanged.
 _MAX_MS = 2_147_483_647
@@ -32,6 +32,11 @@ class SettingsError(Exception):
         self.mistakes = tuple(mistakes)
         lines = "".join(f"\n  {mistake}" for mistake in self.mistakes)
         super().__init__(f"The settings cannot be used:{lines}")
+
+
+def shown(value: str) -> str:
+    """A bad value as a message shows it."""
+    return repr(value if len(value) <= _SHOWN else value[:_SHOWN] + "...")
 
 
 class Reader:
@@ -68,11 +73,8 @@ class Reader:
         return self._find(variable)[1]
 
     def refuse(self, variable: str, accepted: str) -> None:
-        value = self.text(variable)
-        shown = repr(value if len(value) <= _SHOWN else value[:_SHOWN] + "...")
-        self.mistakes.append(
-            f"{variable} is {shown} (from {self.source(variable)}). Accepted: {accepted}."
-        )
+        value, source = shown(self.text(variable)), self.source(variable)
+        self.mistakes.append(f"{variable} is {value} (from {source}). Accepted: {accepted}.")
 
     def number(self, variable: str, low: int, high: int) -> int:
         text = self.text(variable)

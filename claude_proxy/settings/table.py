@@ -65,17 +65,17 @@ SETTINGS: tuple[Setting, ...] = (
     _row("CORS_ORIGINS", "", "Web origins, by commas, that may call; * only with API keys."),
     _row("ALLOW_SKIP_PERMISSIONS", "true", "Whether a request may skip permission prompts."),
     _row("WORKSPACE_HOOKS", "false", "Whether the CLI runs hooks."),
+    _row("MODEL_ALIASES", "", "NAME=MODEL pairs, by commas; *=MODEL takes every other name."),
+    _row("CHAT_ACTIVITY", "reasoning", "Where a chat shows activity: reasoning, content or none."),
+    _row("CHAT_TEXT_PARAMETERS", "all", "What a chat's text may set: all, safe or none."),
     _row("STATE_PATH", "", "State directory; if unset the service manager's or the user's."),
 )
 BY_VARIABLE = {setting.variable: setting for setting in SETTINGS}
 
 # No release passes any of these on to the CLI, so names that are only reserved count as well.
 OWN_VARIABLES: frozenset[str] = frozenset(BY_VARIABLE) | {
-    "CHAT_ACTIVITY",
-    "CHAT_TEXT_PARAMETERS",
     "LIVE_IDLE_MS",
     "LIVE_SESSIONS",
     "MAX_CONCURRENT_TURNS",
-    "MODEL_ALIASES",
     "SPARE_PROCESSES",
 }
