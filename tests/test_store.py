@@ -20,7 +20,8 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.interfaces import IReactorFromThreads
 
-from claude_proxy.sessions.store import SessionRecord, Store, StoreError, _encoded
+from claude_proxy.sessions.records import encoded
+from claude_proxy.sessions.store import SessionRecord, Store, StoreError
 from tests.support import in_reactor
 
 REACTOR = cast(IReactorFromThreads, reactor)
@@ -155,7 +156,12 @@ async def test_the_cli_cannot_move_an_id_from_one_session_to_another() -> None:
 
 @in_reactor
 @pytest.mark.parametrize(
-    "change", [lambda store: store.begin(D, D, 1.0), lambda store: store.touch(D, 1.0)]
+    "change",
+    [
+        lambda store: store.begin(D, D, 1.0),
+        lambda store: store.touch(D, 1.0),
+        lambda store: store.set_tip(D, "tip", None),
+    ],
 )
 async def test_changing_an_unknown_session_says_so(
     change: Callable[[Store], Deferred[None]],
@@ -200,6 +206,54 @@ async def test_an_id_that_is_no_text_is_an_error_and_the_store_lives_on() -> Non
     await store.close()
 
 
+@in_reactor
+async def test_of_two_claims_at_once_one_gets_the_session() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    await store.begin(A, A, 2000.0)
+    await store.set_tip(A, "tip", "chat")
+    claims = [store.claim("alice", ("tip", "other"), "chat") for _ in range(5)]
+    first, *others = await gatherResults(claims)
+    assert first == replace(
+        RECORD, begun=True, used=2000.0, tip="", claimed="tip", conversation="chat"
+    )
+    assert others == [None] * 4
+    await store.unclaim(A, "tip")
+    again = await store.claim("alice", ("tip",), None, workspace="project", hinted=A)
+    assert again == first
+    await store.close()
+
+
+@in_reactor
+async def test_a_tip_is_found_after_a_restart_and_what_was_claimed_stays_claimed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    for session in (A, B):
+        await store.create(replace(RECORD, id=session, cli_id=session))
+        await store.begin(session, session, 2000.0)
+        await store.set_tip(session, f"tip of {session}", None)
+    await store.claim("alice", (f"tip of {A}",), None)
+    await store.close()
+    again = await opened(path)
+    assert await again.claim("alice", (f"tip of {A}",), None) is None
+    taken = await again.claim("alice", (f"tip of {B}",), None)
+    assert taken is not None
+    assert taken.id == B
+    await again.close()
+
+
+@in_reactor
+async def test_pruning_tells_how_many_sessions_are_forgotten() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    assert await store.prune(RECORD.used, 1) == 0
+    assert await store.prune(RECORD.used + 1, 1) == 1
+    assert await store.find(A) is None
+    await store.close()
+
+
 def test_parameters_do_not_show_in_the_repr() -> None:
     assert "Bash" not in repr(RECORD)
 
@@ -216,7 +270,7 @@ def test_parameters_do_not_show_in_the_repr() -> None:
 )
 def test_any_parameters_are_encoded_or_refused(parameters: dict[str, object]) -> None:
     try:
-        assert _encoded(parameters).startswith("{")
+        assert encoded(parameters).startswith("{")
     except StoreError as error:
         assert "not JSON" in str(error)  # noqa: PT017  # either is right, nothing else is
 
@@ -320,7 +374,7 @@ async def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path) -> Non
     database(path, "PRAGMA user_version = 99")
     before = path.read_bytes()
     sentence = await failure_of(Store(path, REACTOR).open())
-    assert "version 99, newer than version 1 " in sentence
+    assert "version 99, newer than version 2 " in sentence
     assert str(path) in sentence
     assert path.read_bytes() == before
 
@@ -412,11 +466,18 @@ async def test_without_a_thread_the_store_does_not_open(monkeypatch: pytest.Monk
 @in_reactor
 async def test_the_settings_of_the_database_are_as_meant(tmp_path: Path) -> None:
     store = await opened(tmp_path / "state.db")
-    names = ("journal_mode", "synchronous", "busy_timeout", "foreign_keys", "user_version")
+    names = (
+        "journal_mode",
+        "synchronous",
+        "busy_timeout",
+        "foreign_keys",
+        "cache_size",
+        "user_version",
+    )
     values = await store._ask(
         lambda db: [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
     )
-    assert values == ["wal", 1, 5000, 1, 1]
+    assert values == ["wal", 1, 5000, 1, -512, 2]
     await store.close()
 
 
@@ -460,6 +521,10 @@ async def test_a_closed_or_never_opened_store_answers_nothing() -> None:
             store.create(RECORD),
             store.begin(A, A, 1.0),
             store.touch(A, 1.0, {}),
+            store.set_tip(A, "tip", None),
+            store.claim("alice", ("tip",), None),
+            store.unclaim(A, "tip"),
+            store.prune(1.0, 1),
         ]
         for call in calls:
             assert await failure_of(call) == "The state store is not open."

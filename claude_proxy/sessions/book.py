@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 from uuid import uuid4
 
 from twisted.internet.defer import Deferred
@@ -19,10 +20,26 @@ from twisted.python.failure import Failure as TwistedFailure
 from claude_proxy.cli.command import SessionStart, StartKind
 from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
+from claude_proxy.sessions.inheritance import inherited
 from claude_proxy.sessions.store import SessionRecord, Store, StoreError
 from claude_proxy.sessions.turns import TurnRequest
 
-__all__ = ["Plan", "SessionBook"]
+__all__ = ["KEPT_FOR", "KEPT_SESSIONS", "Plan", "SessionBook"]
+
+KEPT_FOR = 90 * 24 * 3600.0
+"""
+Seconds for which an unused session is remembered.  The CLI deletes its transcripts after 30 days
+unless it is told otherwise; few who come back later than this will find anything to continue.
+"""
+
+KEPT_SESSIONS = 100_000
+"""How many sessions are remembered: at less than 1 KiB each, a database that any disk can hold."""
+
+_PRUNED_EVERY = 1000
+"""Sessions that are written down between two prunings: one percent more than are to be kept."""
+
+_NAME_LIMIT = 256
+"""Characters of a client's name for its conversation that count; what names them are UUIDs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +83,121 @@ class SessionBook:
         self._adopt_unknown = adopt_unknown
         self._now = now
         self._make_id = make_id
+        self._written_down = 0
 
     def use(self, store: Store) -> None:
         """Keep the book in another store from now on."""
         self._store = store
+
+    async def recognise(self, request: TurnRequest) -> TurnRequest:
+        """
+        Find the session that a request continues, where it may mean one without naming it.
+
+        One that is found becomes the request's `session_id`, and adds what the request inherits.
+        The history is told no more, except to a session that is not known to have begun.  Where
+        nothing is found the request comes back as it is: its session will be a new one.
+
+        A session that was found by its history is claimed: no other request finds it.  If the turn
+        does not begin, `unclaim` is due.
+        """
+        try:
+            if request.session_id is not None:
+                return await self._named(request, request.session_id) or request
+            return (
+                await self._named(request, request.conversation)
+                or await self._found_by_history(request)
+                or await self._shown(request)
+                or request
+            )
+        except StoreError as error:
+            self._complain(error)
+            return request
+
+    async def _named(self, request: TurnRequest, name: str | None) -> TurnRequest | None:
+        """The request continues the session of this name, if it is one that is known."""
+        if name is None or not (request.inherit or request.history or request.session_id is None):
+            return None
+        record = await self._store.find(name)
+        if record is None or record.tenant != request.tenant:
+            return None
+        return self._continued(request, record, name)
+
+    async def _found_by_history(self, request: TurnRequest) -> TurnRequest | None:
+        if not request.tips or request.fork:  # a copy leaves its source alone, its tip too
+            return None
+        record = await self._claim(request)
+        if record is None:
+            return None
+        return replace(self._continued(request, record, record.id), claimed=record.claimed)
+
+    def _claim(self, request: TurnRequest) -> Deferred[SessionRecord | None]:
+        claimed: Deferred[SessionRecord | None] = Deferred()
+
+        def over(result: SessionRecord | TwistedFailure | None) -> None:
+            if not claimed.called:
+                claimed.callback(result)
+            elif isinstance(result, SessionRecord) and result.claimed is not None:
+                # The client has left meanwhile, and nobody else knows of this claim.
+                self._background(self._store.unclaim(result.id, result.claimed))
+
+        self._store.claim(
+            request.tenant,
+            request.tips,
+            _shortened(request.conversation),
+            workspace=request.workspace,
+            hinted=request.hinted_session,
+        ).addBoth(over)
+        return claimed
+
+    async def _shown(self, request: TurnRequest) -> TurnRequest | None:
+        """The request continues the session that an old answer shows, unless it knows better."""
+        if request.hinted_session is None:
+            return None
+        record = await self._store.find(request.hinted_session)
+        if record is None:
+            # Another server began it, or the state was lost.  If the CLI has lost it too, the
+            # history is all there is.
+            known_to_cli = replace(request, session_id=request.hinted_session)
+            return known_to_cli if self._adopt_unknown else None
+        if record.tenant != request.tenant or not record.begun:
+            return None
+        if record.tip is not None or request.workspace not in (None, record.workspace):
+            return None  # its tip is another one, or none: the history was edited
+        return self._continued(request, record, request.hinted_session)
+
+    @staticmethod
+    def _continued(request: TurnRequest, record: SessionRecord, name: str) -> TurnRequest:
+        history = () if record.begun else request.history
+        return replace(inherited(request, record.parameters), session_id=name, history=history)
+
+    async def holds(self, request: TurnRequest) -> bool:
+        """
+        Whether the session that a request has claimed still ends with its history.
+
+        Another turn, of a request that names the session, may have begun since, while this one
+        waited for the lease.  True if nothing was claimed.
+        """
+        if request.claimed is None or request.session_id is None:
+            return True
+        record = await self._find(request.session_id)
+        return record is not None and record.claimed == request.claimed
+
+    def unclaim(self, request: TurnRequest) -> None:
+        """Let a session be found again, in the background, if a request claimed one in vain."""
+        if request.claimed is not None and request.session_id is not None:
+            self._background(self._store.unclaim(request.session_id, request.claimed))
+
+    def remember_tip(self, session: str, tip: str, conversation: str | None) -> None:
+        """
+        Write down, in the background, with which history a session ends.
+
+        To be called when all else of the turn is written down: what `begun` and `resumed_by` write
+        takes the tip away.
+
+        @param session: the id under which the session is kept.
+        @param conversation: the client's name for it; None leaves it the one that it has.
+        """
+        self._background(self._store.set_tip(session, tip, _shortened(conversation)))
 
     async def resolve(self, request: TurnRequest, can: Capabilities) -> Plan:
         """
@@ -129,9 +257,7 @@ class SessionBook:
     def planned(self, plan: Plan, request: TurnRequest) -> None:
         """Write down, in the background, a new session whose id is ours, before it begins."""
         if plan.start.kind is not StartKind.RESUME and plan.session_id and not plan.record_id:
-            self._background(
-                self._store.create(self._record(plan, request, plan.session_id, begun=False))
-            )
+            self._write_down(self._record(plan, request, plan.session_id, begun=False))
 
     def begun(self, plan: Plan, request: TurnRequest, cli_id: str) -> str:
         """
@@ -147,7 +273,7 @@ class SessionBook:
             self._background(self._store.begin(known, cli_id, self._now()))
             return known
         kept = plan.lease_key if plan.start.kind is StartKind.RESUME else cli_id
-        self._background(self._store.create(self._record(plan, request, kept, begun=True)))
+        self._write_down(self._record(plan, request, kept, begun=True))
         if kept != cli_id:
             self._background(self._store.begin(kept, cli_id, self._now()))
         return kept
@@ -175,16 +301,27 @@ class SessionBook:
             used=now,
         )
 
+    def _write_down(self, record: SessionRecord) -> None:
+        writing: Deferred[Any] = self._store.create(record)
+        if self._written_down % _PRUNED_EVERY == 0:  # the first of a run, too
+            before = self._now() - KEPT_FOR
+            writing.addCallback(lambda _: self._store.prune(before, KEPT_SESSIONS))
+        self._background(writing)
+        self._written_down += 1
+
     async def _find(self, session_id: str) -> SessionRecord | None:
         try:
             return await self._store.find(session_id)
         except StoreError as error:
-            self._log.error(
-                "sessions cannot be looked up: {error}", type="store_failed", error=str(error)
-            )
+            self._complain(error)
             return None
 
-    def _background(self, writing: Deferred[None]) -> None:
+    def _complain(self, error: StoreError) -> None:
+        self._log.error(
+            "sessions cannot be looked up: {error}", type="store_failed", error=str(error)
+        )
+
+    def _background(self, writing: Deferred[Any]) -> None:
         def failed(failure: TwistedFailure) -> None:
             self._log.error(
                 "a session could not be written down: {error}",
@@ -193,3 +330,7 @@ class SessionBook:
             )
 
         writing.addErrback(failed)
+
+
+def _shortened(conversation: str | None) -> str | None:
+    return None if conversation is None else conversation[:_NAME_LIMIT]

@@ -3,19 +3,14 @@ What outlives a process: which sessions there are, whose they are and how to res
 
 The state is one SQLite database, used by one thread of its own, so that a slow disk never holds up
 the reactor.  Every call is queued for that thread and answered by a Deferred, in order.
-
-A session has one id by which this server knows it, and the CLI may give it further ids (old
-versions make a new one at every resume).  A client may come back with any of them, so all of them
-stay known as aliases.  No id ever belongs to two sessions.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -29,77 +24,13 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
+from claude_proxy.sessions import records, schema
+from claude_proxy.sessions.records import SessionRecord
+from claude_proxy.sessions.schema import StoreError
+
 __all__ = ["SessionRecord", "Store", "StoreError"]
 
 _T = TypeVar("_T")
-
-# Each entry leads from the version that is its index to the next one; entries are only ever added.
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        """
-        CREATE TABLE sessions (
-            id TEXT PRIMARY KEY NOT NULL,
-            cli_id TEXT NOT NULL,
-            workspace TEXT,
-            tenant TEXT NOT NULL,
-            state TEXT NOT NULL CHECK (state IN ('new', 'begun')),
-            parameters TEXT NOT NULL,
-            created REAL NOT NULL,
-            used REAL NOT NULL
-        )
-        """,
-        """
-        CREATE TABLE aliases (
-            alias TEXT PRIMARY KEY NOT NULL,
-            session TEXT NOT NULL REFERENCES sessions (id) ON DELETE CASCADE
-        )
-        """,
-        "CREATE INDEX aliases_by_session ON aliases (session)",
-    ),
-)
-
-_SELECT = """
-    SELECT id, cli_id, workspace, tenant, state, parameters, created, used FROM sessions
-    WHERE id = :name OR id = (SELECT session FROM aliases WHERE alias = :name)
-"""
-
-_UPSERT = """
-    INSERT INTO sessions (id, cli_id, workspace, tenant, state, parameters, created, used)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT (id) DO UPDATE SET
-        cli_id = excluded.cli_id, workspace = excluded.workspace, state = excluded.state,
-        parameters = excluded.parameters, used = excluded.used
-"""
-
-
-class StoreError(Exception):
-    """The state cannot be read or written; the text is a sentence that says why."""
-
-
-@dataclass(frozen=True)
-class SessionRecord:
-    """
-    One session as it is remembered.
-
-    @ivar id: the UUID by which this server knows it.
-    @ivar cli_id: the id by which the CLI resumes it now.
-    @ivar workspace: the name of its workspace, None for the shared one.
-    @ivar tenant: whose session it is.
-    @ivar begun: whether the CLI ever began it; before that there is no transcript to resume.
-    @ivar parameters: what later turns inherit, a JSON object; not in the repr, as it may hold
-        prompts.
-    @ivar created: when it was made, in Unix seconds.
-    @ivar used: when it was last used, in Unix seconds.
-    """
-
-    id: str
-    cli_id: str
-    workspace: str | None
-    tenant: str
-    begun: bool
-    parameters: Mapping[str, object] = field(repr=False)
-    created: float
-    used: float
 
 
 class _Stage(Enum):
@@ -170,23 +101,25 @@ class Store:
 
     def find(self, session_id: str) -> Deferred[SessionRecord | None]:
         """The session that has this id, or had it once; None if there is none."""
-        return self._ask(partial(_find, name=session_id))
+        return self._ask(partial(records.find, name=session_id))
 
     def create(self, record: SessionRecord) -> Deferred[None]:
         """
         Remember a new session, or replace what is known of it except when it was created.
 
-        Fails if its id belongs to another tenant, or one of its ids to another session.
+        It has no tip then, whatever the record says.  Fails if its id belongs to another tenant,
+        or one of its ids to another session.
         """
-        return self._ask_with(record.parameters, partial(_create, record=record))
+        return self._ask_with(record.parameters, partial(records.create, record=record))
 
     def begin(self, session_id: str, cli_id: str, now: float) -> Deferred[None]:
         """
         Remember that the CLI began, or resumed, a session, and by which id it resumes it next.
 
-        Fails if there is no such session, or `cli_id` belongs to another one.
+        The session has no tip from then on, until `set_tip`.  Fails if there is no such session, or
+        `cli_id` belongs to another one.
         """
-        return self._ask(partial(_begin, name=session_id, cli_id=cli_id, now=now))
+        return self._ask(partial(records.begin, name=session_id, cli_id=cli_id, now=now))
 
     def touch(
         self, session_id: str, now: float, parameters: Mapping[str, object] | None = None
@@ -196,8 +129,57 @@ class Store:
 
         Fails if there is no such session.
         """
-        touch = partial(_touch, name=session_id, now=now)
+        touch = partial(records.touch, name=session_id, now=now)
         return self._ask(touch) if parameters is None else self._ask_with(parameters, touch)
+
+    def set_tip(self, session_id: str, tip: str, conversation: str | None) -> Deferred[None]:
+        """
+        Remember with which history a session ends now.
+
+        Fails if there is no such session.
+
+        @param tip: the history's fingerprint, not empty.
+        @param conversation: the client's name for it; None leaves it the one that it has.
+        """
+        return self._ask(
+            partial(records.set_tip, name=session_id, tip=tip, conversation=conversation)
+        )
+
+    def claim(
+        self,
+        tenant: str,
+        tips: tuple[str, ...],
+        conversation: str | None,
+        *,
+        workspace: str | None = None,
+        hinted: str | None = None,
+    ) -> Deferred[SessionRecord | None]:
+        """
+        Find the one session that ends with a history, and take its tip: nobody else finds it.
+
+        None if there is no such session, or several that nothing tells apart.
+
+        @param tips: the history's fingerprints.
+        @param conversation: the client's name for it.  Sessions of another name do not count, and
+            of several that are left that of the same name does.
+        @param workspace: only sessions of this workspace count; None is any.
+        @param hinted: an id of the one that counts, if there are several.
+        """
+        claim = partial(records.claim, tenant=tenant, tips=tips, conversation=conversation)
+        return self._ask(partial(claim, workspace=workspace, hinted=hinted))
+
+    def unclaim(self, session_id: str, tip: str) -> Deferred[None]:
+        """Give a session its tip back, unless the CLI has taken it up since it was claimed."""
+        return self._ask(partial(records.unclaim, name=session_id, tip=tip))
+
+    def prune(self, before: float, keep: int) -> Deferred[int]:
+        """
+        Forget sessions, with all their ids; how many it were.
+
+        @param before: those that were last used before this time, in Unix seconds.
+        @param keep: those that are not among so many that were used last.
+        """
+        return self._ask(partial(records.prune, before=before, keep=keep))
 
     def close(self) -> Deferred[None]:
         """Do what is queued, close the database and end the thread.  May be called again."""
@@ -231,7 +213,7 @@ class Store:
     ) -> Deferred[None]:
         # Encoded at once: the caller may change the mapping while the work waits.
         try:
-            return self._ask(partial(job, parameters=_encoded(parameters)))
+            return self._ask(partial(job, parameters=records.encoded(parameters)))
         except StoreError as error:
             return fail(error)
 
@@ -270,17 +252,11 @@ class Store:
         # Errors of the module itself have no code; extended codes keep the plain one below.
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
-            return self._damaged(str(error))
+            return schema.damaged(self._named(), str(error))
         what = str(error).split(" with text ")[0]  # what follows is a column's content
         return StoreError(
             f"{self._named()} cannot be used: {what}. Check the space and the permissions of its "
             "directory, or set STATE_PATH to another one."
-        )
-
-    def _damaged(self, finding: str) -> StoreError:
-        return StoreError(
-            f"{self._named()} is damaged or not a database ({finding}). Move it away, or set "
-            "STATE_PATH to another directory: a new one is made at the next start."
         )
 
     def _opened(self) -> sqlite3.Connection:
@@ -293,7 +269,7 @@ class Store:
             _make_private_file(self._path)
         connection = sqlite3.connect(self._path or ":memory:", isolation_level=None)
         try:
-            self._prepare(connection)
+            schema.prepare(connection, self._named())
         except BaseException:
             connection.close()
             raise
@@ -301,34 +277,6 @@ class Store:
         if self._path is not None:
             with suppress(OSError):  # an older file that another user owns stays as it is
                 self._path.chmod(0o600)
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        connection.execute("PRAGMA busy_timeout = 5000")
-        self._check_version(connection)  # first: a newer database is left exactly as it is
-        finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if finding != "ok":
-            raise self._damaged(finding)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        # Also when there is nothing to migrate: this is how an unwritable database shows now.
-        with _transaction(connection):
-            for migration in _MIGRATIONS[self._check_version(connection) :]:
-                for statement in migration:
-                    connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-
-    def _check_version(self, connection: sqlite3.Connection) -> int:
-        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version < 0:
-            raise self._damaged(f"version {version}")
-        if version > len(_MIGRATIONS):
-            raise StoreError(
-                f"{self._named()} has version {version}, newer than version {len(_MIGRATIONS)} "
-                "which this program knows. Upgrade claude-code-proxy, or set STATE_PATH to "
-                "another directory."
-            )
-        return version
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -345,78 +293,3 @@ def _make_private_file(path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # some errors have rolled back already
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _encoded(parameters: Mapping[str, object]) -> str:
-    try:
-        return msgspec.json.encode(dict(parameters)).decode()
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        raise StoreError(f"The parameters are not JSON: {type(error).__name__}.") from error
-
-
-def _find(connection: sqlite3.Connection, name: str) -> SessionRecord | None:
-    row = connection.execute(_SELECT, {"name": name}).fetchone()
-    if row is None:
-        return None
-    session, cli_id, workspace, tenant, state, parameters, created, used = row
-    begun = state == "begun"
-    kept = msgspec.json.decode(parameters, type=dict[str, object])
-    return SessionRecord(session, cli_id, workspace, tenant, begun, kept, created, used)
-
-
-def _known(connection: sqlite3.Connection, name: str) -> str:
-    found = _find(connection, name)
-    if found is None:
-        raise StoreError(f"There is no session {name}.")
-    return found.id
-
-
-def _add_alias(connection: sqlite3.Connection, session: str, alias: str) -> None:
-    owner = _find(connection, alias)
-    if owner is None:
-        connection.execute("INSERT INTO aliases (alias, session) VALUES (?, ?)", (alias, session))
-    elif owner.id != session:
-        raise StoreError(f"The session id {alias} belongs to another session.")
-
-
-def _create(connection: sqlite3.Connection, record: SessionRecord, parameters: str) -> None:
-    state = "begun" if record.begun else "new"
-    row = (record.id, record.cli_id, record.workspace, record.tenant, state, parameters)
-    with _transaction(connection):
-        known = _find(connection, record.id)
-        if known is not None and (known.id, known.tenant) != (record.id, record.tenant):
-            raise StoreError(f"The session id {record.id} belongs to another session or tenant.")
-        connection.execute(_UPSERT, (*row, record.created, record.used))
-        _add_alias(connection, record.id, record.cli_id)
-
-
-def _begin(connection: sqlite3.Connection, name: str, cli_id: str, now: float) -> None:
-    with _transaction(connection):
-        session = _known(connection, name)
-        _add_alias(connection, session, cli_id)
-        connection.execute(
-            "UPDATE sessions SET state = 'begun', cli_id = ?, used = ? WHERE id = ?",
-            (cli_id, now, session),
-        )
-
-
-def _touch(
-    connection: sqlite3.Connection, name: str, now: float, parameters: str | None = None
-) -> None:
-    with _transaction(connection):
-        connection.execute(
-            "UPDATE sessions SET used = ?, parameters = coalesce(?, parameters) WHERE id = ?",
-            (now, parameters, _known(connection, name)),
-        )
