@@ -676,6 +676,35 @@ def test_the_oldest_sessions_are_forgotten(folder: Path, monkeypatch: pytest.Mon
     assert (folder / "notes.json").exists()
 
 
+def test_a_conversation_that_began_elsewhere_goes_on(tmp_path: Path) -> None:
+    said = [("user", "one"), ("assistant", "1"), ("user", [{"type": "text", "text": "two"}])]
+    told = [
+        {"type": role, "cwd": "/w", "message": {"role": role, "content": content}}
+        for role, content in said
+    ]
+    path = tmp_path / "config" / "projects" / "-w" / f"{ONE}.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(lines(*told))
+    memory = demo.Memory(tmp_path / "own", str(tmp_path / "config"))
+    assert memory.load(ONE) == ("/w", 2, "two")
+    assert memory.load(TWO) is None
+    memory.save(ONE, "/w", 3, "three")
+    assert memory.load(ONE) == ("/w", 3, "three")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\x00", '{"type": "user"}'])
+def test_a_broken_transcript_is_an_unknown_session(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "projects" / "-w" / f"{ONE}.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert demo.Memory(tmp_path / "own", str(tmp_path)).load(ONE) is None
+
+
+def test_a_block_of_nothing_but_blanks_is_not_part_of_the_prompt() -> None:
+    blocks = [{"type": "text", "text": "hi"}, {"type": "text", "text": "\n"}]
+    assert demo.read_prompt(blocks) == ("hi", 0)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"cwd": "/", "turns": "x"}', "\x00"])
 def test_a_broken_session_file_is_an_unknown_session(tmp_path: Path, text: str) -> None:
     (tmp_path / f"{ONE}.json").write_text(text)

@@ -17,9 +17,13 @@ FLAGS = (
     "effort",
     "late_prompts",
     "rule_commas",
+    "transcripts",
+    "blocks",
+    "drops_blank_text",
 )
-OLD: set[str] = set()
-MIDDLE = set(FLAGS) - {"effort", "late_prompts"}
+OLDER: set[str] = set()
+OLD = {"transcripts"}
+MIDDLE = set(FLAGS) - {"effort", "late_prompts", "drops_blank_text"}
 NEW = set(FLAGS)
 
 
@@ -54,7 +58,8 @@ def test_a_version_is_read_from_the_start_of_the_text(
 @pytest.mark.parametrize(
     ("text", "version", "flags"),
     [
-        ("0.9.99", "0.9.99", OLD),
+        ("0.9.99", "0.9.99", OLDER),
+        ("1.0.23 (Claude Code)", "1.0.23", OLDER),
         ("1.0.24 (Claude Code)", "1.0.24", OLD),
         ("1.0.127 (Claude Code)", "1.0.127", OLD),
         ("1.0.128 (Claude Code)", "1.0.128", MIDDLE),
@@ -85,3 +90,10 @@ def test_permission_modes_are_those_of_the_version(text: str, added: set[str]) -
     modes = capabilities_of(text).permission_modes
     assert set(modes) == {"acceptEdits", "bypassPermissions", "default", "plan"} | added
     assert list(modes) == sorted(modes)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("1.0.18", 255), ("1.0.24", 255), ("1.0.128", 255), ("2.1.197", 200)]
+)
+def test_only_newer_versions_shorten_the_names_of_their_folders(text: str, limit: int) -> None:
+    assert capabilities_of(text).folder_limit == limit

@@ -41,6 +41,9 @@ MARKER = "CLAUDE_PROXY_AGENT"
 
 _COMMA_INSIDE = re.compile(r"\([^)]*,")
 
+_LEAST_THINKING = 1024
+"""The fewest tokens that the Messages API takes as a budget for thinking."""
+
 _ARGUMENT_LIMIT = 128 * 1024 - 1
 """The longest single argument that Linux takes (MAX_ARG_STRLEN), less its NUL."""
 
@@ -52,6 +55,7 @@ class LaunchKey:
 
     @ivar workspace: the absolute directory it works in.
     @ivar mcp_servers: names of the MCP servers that it is offered, sorted.
+    @ivar max_output_tokens: limit of one answer of the model.
     """
 
     workspace: str
@@ -60,6 +64,7 @@ class LaunchKey:
     max_turns: int | None = None
     skip_permissions: bool = False
     mcp_servers: tuple[str, ...] = ()
+    max_output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +229,9 @@ def initialize_fields(settings: TurnSettings, can: Capabilities) -> dict[str, An
     return fields
 
 
-def build_environment(base: Mapping[str, str], marker: str) -> dict[str, str]:
+def build_environment(
+    base: Mapping[str, str], marker: str, *, max_output_tokens: int | None = None
+) -> dict[str, str]:
     """
     The environment of an agent process.
 
@@ -236,6 +243,12 @@ def build_environment(base: Mapping[str, str], marker: str) -> dict[str, str]:
     entries = _absolute_entries(base.get("PATH", os.defpath))
     environment["PATH"] = os.pathsep.join(entries) or os.defpath
     environment[MARKER] = marker
+    if max_output_tokens is not None:
+        # There is no option for it, in no version.
+        environment["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(max_output_tokens)
+        if max_output_tokens <= _LEAST_THINKING:
+            # The CLI gives all but one token to the thinking, and the API refuses so few of them.
+            environment["MAX_THINKING_TOKENS"] = "0"
     return environment
 
 

@@ -6,8 +6,9 @@ sessions that can be resumed), but asks no model and runs nothing: every answer 
 the prompt.  It is a program of its own, started as `python -I .../demo.py -p --verbose ...`: it
 imports nothing of claude_proxy and little else, because one starts for each agent process.
 
-Environment: CLAUDE_PROXY_DEMO_DIR is where sessions are remembered, CLAUDE_PROXY_DEMO_DELAY_MS the
-milliseconds between two words (without it 25 at most, and 2.5 seconds for a whole turn).
+Environment: CLAUDE_PROXY_DEMO_DIR is where sessions are remembered, CLAUDE_CONFIG_DIR where there
+may be transcripts of others, CLAUDE_PROXY_DEMO_DELAY_MS the milliseconds between two words (without
+it 25 at most, and 2.5 seconds for a whole turn).
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def read_prompt(content: object) -> tuple[str, int]:
     if isinstance(content, str):
         return content, 0
     blocks = [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
-    texts = [b["text"] for b in blocks if isinstance(b.get("text"), str)]
+    texts = [b["text"] for b in blocks if isinstance(b.get("text"), str) and b["text"].strip()]
     return "\n".join(texts), sum(b.get("type") == "image" for b in blocks)
 
 
@@ -251,18 +252,32 @@ class Wire:
 class Memory:
     """What is remembered of each session: its directory, its turns, its last prompt."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, transcripts: str = "") -> None:
         self._folder = folder
+        self._transcripts = Path(transcripts, "projects") if transcripts else None
 
     def load(self, session_id: str) -> tuple[str, int, str] | None:
         """The (cwd, turns, last prompt) of a session, or None when it is unknown."""
         if not is_uuid(session_id):
             return None
+        return self._recall(session_id) or self._read_transcript(session_id)
+
+    def _recall(self, session_id: str) -> tuple[str, int, str] | None:
         try:
             known = json.loads((self._folder / f"{session_id}.json").read_bytes())
             return str(known["cwd"]), int(known["turns"]), str(known["last_prompt"])
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def _read_transcript(self, session_id: str) -> tuple[str, int, str] | None:
+        """What the proxy wrote down of a conversation that was begun elsewhere."""
+        for path in self._transcripts.glob(f"*/{session_id}.jsonl") if self._transcripts else ():
+            with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+                lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+                said = [line["message"]["content"] for line in lines if line["type"] == "user"]
+                last = shorten(read_prompt(said[-1])[0]) if said else ""
+                return str(lines[0]["cwd"]), len(said), last
+        return None
 
     def save(self, session_id: str, cwd: str, turns: int, last_prompt: str) -> None:
         """Remember a session. Like the real program, say nothing where that is not possible."""
@@ -593,7 +608,7 @@ def main() -> int:
             os.write(1, BANNER.encode())
             return 0
         check_options(given)
-        memory = Memory(state_folder(dict(os.environ)))
+        memory = Memory(state_folder(dict(os.environ)), os.environ.get("CLAUDE_CONFIG_DIR", ""))
         session = Session(given, Wire(), memory, str(Path.cwd()))
         signal.signal(signal.SIGINT, lambda *_: session.stop())
         return session.run()

@@ -32,6 +32,13 @@ class Capabilities:
     @ivar effort: ``--effort``.
     @ivar late_prompts: system prompts and the JSON schema in ``initialize`` instead of argv.
     @ivar rule_commas: a comma inside the parentheses of a tool rule does not end the rule.
+    @ivar transcripts: it resumes a transcript that was written for it.
+    @ivar blocks: a message on stdin may have several content blocks, and images.  Without, a
+        message is one text.
+    @ivar drops_blank_text: text blocks of nothing but whitespace do not reach the model.
+    @ivar folder_limit: longest name of a folder of transcripts that it does not shorten.
+    @ivar output_limit: most output tokens that it may be limited to; the oldest pass on whatever
+        they are told, also what no model can do.
     @ivar permission_modes: the names that ``--permission-mode`` takes.
     """
 
@@ -46,10 +53,17 @@ class Capabilities:
     effort: bool = False
     late_prompts: bool = False
     rule_commas: bool = False
+    transcripts: bool = False
+    blocks: bool = False
+    drops_blank_text: bool = False
+    folder_limit: int = 255
+    output_limit: int = 32_000
     permission_modes: tuple[str, ...] = _MODES
 
 
-_V1_0_24 = Capabilities(version="1.0.24")
+# Older than any that was tried: its transcripts may look different.
+_OLDER = Capabilities(version="older")
+_V1_0_24 = replace(_OLDER, version="1.0.24", transcripts=True)
 _V1_0_128 = replace(
     _V1_0_24,
     version="1.0.128",
@@ -61,15 +75,24 @@ _V1_0_128 = replace(
     strict_mcp=True,
     settings=True,
     rule_commas=True,
+    blocks=True,
 )
 _V2_1_197 = replace(
     _V1_0_128,
     version="2.1.197",
     effort=True,
     late_prompts=True,
+    drops_blank_text=True,
+    folder_limit=200,
+    output_limit=128_000,
     permission_modes=("acceptEdits", "auto", "bypassPermissions", "default", "dontAsk", "plan"),
 )
-_ROWS = (((2, 1, 197), _V2_1_197), ((1, 0, 128), _V1_0_128), ((0, 0, 0), _V1_0_24))
+_ROWS = (
+    ((2, 1, 197), _V2_1_197),
+    ((1, 0, 128), _V1_0_128),
+    ((1, 0, 24), _V1_0_24),
+    ((0, 0, 0), _OLDER),
+)
 
 _VERSION = re.compile(r"\s*(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
