@@ -8,7 +8,13 @@ from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Ending, Outcome
 from claude_proxy.errors import ProxyError
 
-__all__ = ["IAgentListener", "IRunningTurn", "ITurnObserver"]
+__all__ = [
+    "IAgentListener",
+    "IFramer",
+    "IRunningTurn",
+    "ITurnObserver",
+    "IWholeAnswer",
+]
 
 
 class IAgentListener(Interface):
@@ -54,8 +60,60 @@ class IRunningTurn(Interface):
     def stop(reason: ProxyError | None) -> None:
         """End the turn now, with this `ProxyError`, or with None if nobody listens any more."""
 
+    def remember(tip: str) -> None:
+        """Let the session be found by this fingerprint of its conversation; at the turn's end."""
+
     def pause() -> None:
         """Stop reading from the agent process: the client is the slow one."""
 
     def resume() -> None:
         """Read on."""
+
+
+class IFramer(Interface):
+    """
+    A dialect's way to tell a turn as a stream, as it happens; implemented by dialects.
+
+    Each method returns bytes for the client, none if there is nothing to tell.
+    """
+
+    def open() -> bytes:
+        """Begin, where nothing has happened yet that could be told."""
+
+    def events(events: list[Event]) -> bytes:
+        """
+        Tell the events that arrived together; the result is not among them.
+
+        @raise ProxyError: the stream cannot go on and be true.
+        """
+
+    def beat() -> bytes:
+        """Give a sign of life in a long silence."""
+
+    def end(outcome: Outcome, session_id: str | None) -> bytes:
+        """
+        Tell how the turn ended; nothing follows.
+
+        @raise ProxyError: its success is none by this dialect's standards.
+        """
+
+    def failure(error: ProxyError, session_id: str | None) -> bytes:
+        """Tell that the stream fails; nothing follows."""
+
+
+class IWholeAnswer(Interface):
+    """A dialect's way to tell a turn as one JSON body at its end; implemented by dialects."""
+
+    def events(events: list[Event]) -> None:
+        """
+        Take the events that arrived together; the result is not among them.
+
+        @raise ProxyError: no true answer can come of it any more.
+        """
+
+    def body(outcome: Outcome, session_id: str | None) -> bytes:
+        """
+        Make the body.
+
+        @raise ProxyError: the turn failed, also by this dialect's standards alone.
+        """

@@ -26,6 +26,7 @@ from twisted.python.components import Componentized
 from twisted.python.failure import Failure as TwistedFailure
 
 from claude_proxy import __version__
+from claude_proxy.cli.catalogue import ModelCatalogue
 from claude_proxy.cli.probe import CliProbe
 from claude_proxy.cli.sweep import Sweeper
 from claude_proxy.sessions.book import SessionBook
@@ -62,6 +63,7 @@ class ProxyService(Service):
         executor: Executor,
         book: SessionBook,
         probe: CliProbe,
+        catalogue: ModelCatalogue,
         mcp: McpServers,
         sweeper: Sweeper,
         store: Store,
@@ -84,6 +86,7 @@ class ProxyService(Service):
         self._executor = executor
         self._book = book
         self._probe = probe
+        self._catalogue = catalogue
         self._mcp = mcp
         self._sweeper = sweeper
         self._store = store
@@ -235,7 +238,10 @@ class ProxyService(Service):
         )
         if self._port is not None:
             await _maybe(self._port.stopListening())
+        closing = Deferred.fromCoroutine(self._catalogue.close())
         await self._executor.shut_down(self._settings.drain_timeout)
+        await closing
+        await self._sweeper.finish()
         await self._let_connections_go()
         await self._store.close()
         shutil.rmtree(self._run_directory, ignore_errors=True)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from uuid import uuid4
 
 from twisted.application.service import IService
@@ -20,15 +20,17 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 
 from claude_proxy import __version__
+from claude_proxy.cli.catalogue import ModelCatalogue
 from claude_proxy.cli.probe import CliProbe
 from claude_proxy.cli.sweep import Sweeper
 from claude_proxy.cli.turn import Limits
+from claude_proxy.dialects.completion import Activity
 from claude_proxy.service import ProxyService
 from claude_proxy.sessions.book import SessionBook
+from claude_proxy.sessions.context import RunContext, RunSettings
 from claude_proxy.sessions.executor import Executor
 from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpConfigError, McpServers
-from claude_proxy.sessions.run import RunContext, RunSettings
 from claude_proxy.sessions.statelock import StateInUse, StateLock
 from claude_proxy.sessions.store import Store
 from claude_proxy.sessions.workspaces import Workspaces
@@ -40,7 +42,7 @@ from claude_proxy.settings import (
     load_settings,
     read_dotenv,
 )
-from claude_proxy.web.api import JSON_PATHS, PUBLIC_PATHS, Api
+from claude_proxy.web.api import JSON_PATHS, PUBLIC_PATHS, Api, ChatRules
 from claude_proxy.web.auth import Authenticator, Origins
 from claude_proxy.web.health import Check, HealthReport, check_cli, check_mcp, check_workspace
 from claude_proxy.web.logs import make_observer, open_log_file
@@ -139,6 +141,7 @@ def _for_demonstration(settings: Settings) -> Settings:
     environment = {
         **settings.child_environment,
         "CLAUDE_PROXY_DEMO_DIR": str(state / "transcripts"),
+        "CLAUDE_CONFIG_DIR": str(state / "config"),
     }
     return replace(
         settings,
@@ -185,7 +188,20 @@ class _Builder:
             else Path(tempfile.gettempdir(), f"claude-proxy-{uuid4().hex}")
         )
         executor = self._executor(book, lock, run_directory)
-        api = Api(executor, self._health(), reactor, stall_timeout=settings.client_stall_timeout)
+        catalogue = self._catalogue(executor.context, run_directory)
+        api = Api(
+            executor,
+            self._health(),
+            reactor,
+            stall_timeout=settings.client_stall_timeout,
+            in_thread=executor.context.in_thread,
+            chat_rules=ChatRules(
+                text_parameters=settings.chat_text_parameters,
+                activity=cast(Activity, settings.chat_activity),  # the settings are checked
+                aliases=settings.model_aliases,
+            ),
+            catalogue=catalogue,
+        )
         site = ProxySite(api.app.resource(), self._gate(), reactor)
         return ProxyService(
             reactor,
@@ -195,6 +211,7 @@ class _Builder:
             executor=executor,
             book=book,
             probe=self._probe,
+            catalogue=catalogue,
             mcp=self._mcp,
             sweeper=self._sweeper,
             store=store,
@@ -251,6 +268,20 @@ class _Builder:
             sweeper=self._sweeper,
         )
         return Executor(context)
+
+    def _catalogue(self, context: RunContext, run_directory: Path) -> ModelCatalogue:
+        catalogue = ModelCatalogue(
+            self._reactor,
+            self._reactor,
+            self._probe,
+            environment=self._settings.child_environment,
+            directory=str(run_directory),
+            kill_timeout=self._settings.kill_timeout,
+            next_marker=context.next_marker,
+            sweep=self._sweeper.sweep,
+        )
+        context.learn = catalogue.learn  # what each turn's process says of itself anyway
+        return catalogue
 
     def _gate(self) -> Gate:
         settings = self._settings

@@ -28,10 +28,10 @@ from claude_proxy.cli.versions import Capabilities, capabilities_of
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IRunningTurn, ITurnObserver
 from claude_proxy.sessions.book import SessionBook
+from claude_proxy.sessions.context import RunContext, RunSettings
 from claude_proxy.sessions.executor import Executor
 from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpServers
-from claude_proxy.sessions.run import RunContext, RunSettings
 from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.sessions.workspaces import Workspaces
 from tests.support import FakeChild, FakeReactor, inline_store, result_of
@@ -110,7 +110,7 @@ class SweepList(Sweeper):
 class World:
     """An executor with all that it needs."""
 
-    def __init__(self, folder: Path, can: Capabilities = NEW) -> None:
+    def __init__(self, folder: Path, can: Capabilities = NEW, **environment: str) -> None:
         self.reactor = FakeReactor()
         self.run_directory = folder / "run"
         self.run_directory.mkdir(mode=0o700)
@@ -127,7 +127,7 @@ class World:
                 limits=Limits(total=100, inactivity=50),
                 kill_timeout=5,
                 line_limit=1024 * 1024,
-                environment={"PATH": "/usr/bin:relative", "HOME": "/root"},
+                environment={"PATH": "/usr/bin:relative", "HOME": "/root", **environment},
                 allow_skip_permissions=True,
                 workspace_hooks=False,
                 run_directory=self.run_directory,

@@ -13,9 +13,9 @@ from zope.interface.verify import verifyObject
 
 from claude_proxy.cli.events import Event, parse_event
 from claude_proxy.cli.outcomes import Outcome, OutcomeKind
-from claude_proxy.dialects import native
+from claude_proxy.dialects.passthrough import NativeAnswer, NativeStream
 from claude_proxy.errors import Failure, ProxyError
-from claude_proxy.interfaces import IRunningTurn, ITurnObserver
+from claude_proxy.interfaces import IFramer, IRunningTurn, ITurnObserver, IWholeAnswer
 from claude_proxy.web.stream import HEARTBEAT, EventStream, WholeAnswer
 from tests.support import Answer, Connection, KeptRequests, encode_request, open_site
 
@@ -33,6 +33,9 @@ class Turn:
 
     def stop(self, reason: ProxyError | None) -> None:
         self.heard.append(("stop", reason))
+
+    def remember(self, tip: str) -> None:
+        self.heard.append(("remember", tip))
 
     def pause(self) -> None:
         self.heard.append("pause")
@@ -72,9 +75,9 @@ class World:
         [request] = kept.requests
         self.turn = Turn()
         self.response: EventStream | WholeAnswer = (
-            EventStream(request, self.clock, 60.0, partial_messages=partial)
+            EventStream(request, self.clock, 60.0, NativeStream(partial_messages=partial))
             if stream
-            else WholeAnswer(request, self.clock, 60.0)
+            else WholeAnswer(request, self.clock, 60.0, NativeAnswer())
         )
         self.response.run(lambda: self.turn)
 
@@ -104,8 +107,8 @@ def test_a_stream_sends_events_as_they_come_and_ends_with_the_result() -> None:
     assert world.answer.body == b"data: " + INIT.line + b"\n\n"
     world.response.turn_events([STATUS, TEXT, PARTIAL, TEXT])
     world.response.turn_ended(SUCCESS)
-    assert world.answer.body == native.encode_events(
-        [INIT, TEXT, TEXT, RESULT], partial_messages=False
+    assert world.answer.body == NativeStream(partial_messages=False).events(
+        [INIT, TEXT, TEXT, RESULT]
     )
     assert world.answer.complete
     assert world.is_over()
@@ -182,9 +185,8 @@ def test_a_failure_after_the_first_event_is_a_last_frame() -> None:
     world.response.turn_ended(outcome)
     assert outcome.error is not None
     assert world.answer.status == 200
-    assert world.answer.body == native.encode_events(
-        [INIT], partial_messages=False
-    ) + native.failure_frame(outcome.error, SESSION)
+    dialect = NativeStream(partial_messages=False)
+    assert world.answer.body == dialect.events([INIT]) + dialect.failure(outcome.error, SESSION)
     assert world.answer.complete
     assert world.is_over()
 
@@ -349,3 +351,171 @@ def test_a_limit_of_the_requests_own_is_no_failure() -> None:
     limited = event(type="result", subtype="error_max_turns", is_error=True)
     world.response.turn_ended(Outcome(OutcomeKind.LIMIT, result=limited, session_id=SESSION))
     assert (world.answer.status, world.answer.body) == (200, limited.line)
+
+
+# Dialects with more to say.
+
+
+@implementer(IFramer)
+class Dialect:
+    """Tells everything in one word each; what it cannot tell, it refuses."""
+
+    def open(self) -> bytes:
+        return b"[open]"
+
+    def events(self, events: list[Event]) -> bytes:
+        if PARTIAL in events:
+            raise ProxyError(Failure.UPSTREAM_ERROR, "It broke.")
+        return b"[events]" if TEXT in events else b""
+
+    def beat(self) -> bytes:
+        return b"[beat]"
+
+    def end(self, outcome: Outcome, session_id: str | None) -> bytes:
+        if outcome.result is not RESULT and outcome.error is None:
+            raise ProxyError(Failure.UPSTREAM_ERROR, "No JSON.")
+        return b"[end]" if outcome.error is None else self.failure(outcome.error, session_id)
+
+    def failure(self, error: ProxyError, session_id: str | None) -> bytes:
+        return b"[" + error.failure.code.encode() + b"]"
+
+
+@implementer(IWholeAnswer)
+class WholeDialect:
+    """The same, as one body."""
+
+    def events(self, events: list[Event]) -> None:
+        Dialect().events(events)
+
+    def body(self, outcome: Outcome, session_id: str | None) -> bytes:
+        if outcome.error is not None:
+            raise outcome.error
+        return Dialect().end(outcome, session_id)
+
+
+class OtherWorld(World):
+    """A response in that dialect."""
+
+    def __init__(self, *, stream: bool = True, tip: str | None = None) -> None:
+        super().__init__(stream=stream)
+        request = self.response.request
+        self.connection.transport.clear()
+        other = KeptRequests()
+        self.connection = Connection(open_site(other, Clock()))
+        self.connection.send(encode_request("GET", "/", {"X-Request-Id": "r-1"}))
+        [request] = other.requests
+        self.response = (
+            EventStream(request, self.clock, 60.0, Dialect(), tip=lambda: tip, patience=5.0)
+            if stream
+            else WholeAnswer(request, self.clock, 60.0, WholeDialect(), tip=lambda: tip)
+        )
+        self.response.run(lambda: self.turn)
+
+
+def test_patience_counts_from_the_turns_start_and_sends_the_head_alone() -> None:
+    world = OtherWorld()
+    world.clock.advance(60)
+    assert world.connection.received == b""
+    world.response.turn_planned(SESSION)
+    world.response.turn_events([INIT])
+    world.clock.advance(4.9)
+    assert world.connection.received == b""
+    world.clock.advance(0.1)
+    assert world.answer.status == 200
+    assert world.answer.headers["x-claude-session-id"] == SESSION
+    assert world.answer.body == b"[open]"
+    world.response.turn_events([TEXT])
+    world.response.turn_ended(SUCCESS)
+    assert world.answer.body == b"[open][events][end]"
+    assert world.is_over()
+
+
+def test_a_turn_that_is_planned_anew_does_not_wait_anew() -> None:
+    world = OtherWorld()
+    world.response.turn_planned(SESSION)
+    world.clock.advance(3)
+    world.response.turn_planned("bbbbbbbb-0000-4000-8000-000000000000")
+    world.clock.advance(2)
+    assert world.answer.body == b"[open]"
+    assert world.answer.headers["x-claude-session-id"].startswith("bbbb")
+
+
+def test_patience_is_not_needed_once_there_is_something_to_tell() -> None:
+    world = OtherWorld()
+    world.response.turn_planned(SESSION)
+    world.response.turn_events([TEXT])
+    world.clock.advance(10)
+    assert world.answer.body == b"[events]"
+
+
+def test_a_failure_within_the_patience_has_its_true_status() -> None:
+    world = OtherWorld()
+    world.response.turn_planned(SESSION)
+    world.clock.advance(4)
+    world.response.turn_ended(failure(Failure.RATE_LIMIT_EXCEEDED, result=FAILED_RESULT))
+    assert world.answer.status == 429
+    assert world.is_over()
+
+
+def test_a_client_that_leaves_within_the_patience_leaves_no_timer() -> None:
+    world = OtherWorld()
+    world.response.turn_planned(SESSION)
+    world.connection.lose()
+    world.response.turn_ended(Outcome(OutcomeKind.ABANDONED, result=RESULT))
+    assert world.is_over()
+
+
+def test_silence_is_bridged_in_the_dialects_own_way() -> None:
+    world = OtherWorld()
+    world.response.turn_events([TEXT])
+    world.clock.advance(HEARTBEAT)
+    assert world.answer.body == b"[events][beat]"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_be_told_truthfully_ends_the_turn(stream: bool) -> None:
+    world = OtherWorld(stream=stream)
+    world.response.turn_events([TEXT])
+    world.response.turn_events([PARTIAL])
+    [(word, error)] = world.turn.heard
+    assert (word, error.failure) == ("stop", Failure.UPSTREAM_ERROR)
+    world.response.turn_ended(Outcome(OutcomeKind.FAILURE, error))
+    if stream:
+        assert world.answer.body == b"[events][upstream_error]"
+    else:
+        assert world.answer.error["message"] == "It broke."
+    assert world.is_over()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_success_that_is_none_for_the_dialect_is_a_failure(begun: bool) -> None:
+    world = OtherWorld(tip="abc")
+    if begun:
+        world.response.turn_events([TEXT])
+    world.response.turn_ended(Outcome(OutcomeKind.SUCCESS))
+    if begun:
+        assert world.answer.body == b"[events][upstream_error]"
+    else:
+        assert (world.answer.status, world.answer.error["message"]) == (502, "No JSON.")
+    assert world.turn.heard == []
+    assert world.is_over()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_conversation_is_remembered_before_the_answers_end_is_sent(stream: bool) -> None:
+    world = OtherWorld(stream=stream, tip="abc")
+    seen: list[bytes] = []
+    world.turn.remember = lambda tip: seen.append(world.connection.received)  # type: ignore[method-assign]  # to look at that moment
+    world.response.turn_ended(SUCCESS)
+    assert seen == [b""]
+
+
+def test_without_a_tip_nothing_is_remembered() -> None:
+    world = OtherWorld()
+    world.response.turn_ended(SUCCESS)
+    assert world.turn.heard == []
+
+
+def test_both_native_dialects_fit() -> None:
+    verifyObject(IFramer, NativeStream(partial_messages=False))
+    verifyObject(IWholeAnswer, NativeAnswer())

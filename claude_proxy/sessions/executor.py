@@ -6,7 +6,8 @@ from twisted.internet.defer import Deferred, DeferredList
 
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IRunningTurn, ITurnObserver
-from claude_proxy.sessions.run import COME_BACK, Run, RunContext
+from claude_proxy.sessions.context import COME_BACK, RunContext
+from claude_proxy.sessions.run import Run
 from claude_proxy.sessions.turns import TurnRequest
 
 __all__ = ["Executor"]

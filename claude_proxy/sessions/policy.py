@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from claude_proxy.cli import command, prompt
+from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.turns import TurnRequest
 
-__all__ = ["check_permissions"]
+__all__ = ["adapt", "check_permissions", "check_supported", "turn_settings"]
 
 _BYPASS_MODE = "bypassPermissions"
 
@@ -42,3 +45,45 @@ def check_permissions(
             "'allowed-tools' instead."
         )
         raise ProxyError(Failure.INVALID_VALUE, message, param=param)
+
+
+def adapt(request: TurnRequest, can: Capabilities) -> TurnRequest:
+    """The request without what it wants only of a CLI that has it."""
+    if "effort" in request.optional and not can.effort:
+        request = replace(request, effort=None)
+    if "json_schema" in request.optional and not can.late_prompts:
+        request = replace(request, json_schema=None)
+    limit = request.max_output_tokens
+    if limit is not None and limit > can.output_limit:
+        # It would ask the model for more than there is; without a limit it asks for all.
+        request = replace(request, max_output_tokens=None)
+    return request
+
+
+def turn_settings(request: TurnRequest) -> command.TurnSettings:
+    """What of a request belongs to the turn rather than to the process that runs it."""
+    return command.TurnSettings(
+        allowed_tools=(*request.allowed_tools, *request.mcp_tools),
+        permission_mode=request.permission_mode,
+        effort=request.effort,
+        system_prompt=request.system_prompt,
+        append_system_prompt=request.append_system_prompt,
+        json_schema=request.json_schema,
+    )
+
+
+def check_supported(request: TurnRequest, can: Capabilities) -> None:
+    """
+    Refuse what this version of the CLI lacks.
+
+    @raise ProxyError: INVALID_VALUE that names the field and the version.
+    """
+    command.check_supported(turn_settings(request), can, partial_messages=request.partial_messages)
+    if not prompt.fits_stdin(request.blocks, can):
+        message = (
+            f"The Claude CLI on this server ({can.version}) takes text only; leave images and "
+            "files out, or update the CLI."
+        )
+        raise ProxyError(Failure.INVALID_VALUE, message, param="messages")
+    command.check_rules("allowed-tools", request.allowed_tools, can)
+    command.check_rules("disallowed-tools", request.disallowed_tools, can)

@@ -11,104 +11,29 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 from uuid import uuid4
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorProcess, IReactorThreads, IReactorTime
-from twisted.internet.threads import deferToThreadPool
-from twisted.logger import Logger
 from zope.interface import implementer
 
-from claude_proxy.cli import command, control
+from claude_proxy.cli import command, control, prompt, transcript
 from claude_proxy.cli.outcomes import Outcome, OutcomeKind
-from claude_proxy.cli.probe import CliProbe
 from claude_proxy.cli.process import AgentProcess
-from claude_proxy.cli.sweep import Sweeper
-from claude_proxy.cli.turn import Limits, Turn
+from claude_proxy.cli.turn import Turn
 from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IRunningTurn, ITurnObserver
-from claude_proxy.sessions.book import Plan, SessionBook
-from claude_proxy.sessions.leases import Lease, Leases
-from claude_proxy.sessions.mcp import McpServers
-from claude_proxy.sessions.policy import check_permissions
+from claude_proxy.sessions.book import Plan
+from claude_proxy.sessions.context import COME_BACK, RunContext
+from claude_proxy.sessions.leases import Lease
+from claude_proxy.sessions.policy import adapt, check_permissions, check_supported, turn_settings
 from claude_proxy.sessions.turns import TurnRequest
-from claude_proxy.sessions.workspaces import Workspaces, check_name
+from claude_proxy.sessions.workspaces import check_name
 
-__all__ = ["COME_BACK", "Run", "RunContext", "RunSettings"]
-
-_T = TypeVar("_T")
-
-COME_BACK = 5
-"""Seconds after which a client may try again what the server could not do just now."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """
-    What a run needs to know of the settings.
-
-    @ivar environment: what agent processes see, before our marker.
-    @ivar line_limit: longest line accepted from an agent process, in bytes.
-    @ivar run_directory: a private directory of this run, for files that agent processes read.
-    @ivar marker: the beginning of the marker of every agent process of this run.
-    """
-
-    limits: Limits
-    kill_timeout: float
-    line_limit: int
-    environment: Mapping[str, str]
-    allow_skip_permissions: bool
-    workspace_hooks: bool
-    run_directory: Path
-    marker: str
-
-
-class RunContext:
-    """What all runs share: the settings, and those who do the work."""
-
-    log = Logger(namespace="claude_proxy.sessions")
-
-    def __init__(
-        self,
-        reactor: IReactorProcess,
-        clock: IReactorTime,
-        settings: RunSettings,
-        *,
-        book: SessionBook,
-        leases: Leases,
-        workspaces: Workspaces,
-        mcp: McpServers,
-        probe: CliProbe,
-        sweeper: Sweeper,
-    ) -> None:
-        self.reactor = reactor
-        self.clock = clock
-        self.settings = settings
-        self.book = book
-        self.leases = leases
-        self.workspaces = workspaces
-        self.mcp = mcp
-        self.probe = probe
-        self.sweeper = sweeper
-        self._processes_started = 0
-
-    def next_marker(self) -> str:
-        """The marker of the next agent process; no two are the same."""
-        self._processes_started += 1
-        return f"{self.settings.marker}.{self._processes_started}"
-
-    async def in_thread(self, function: Callable[..., _T], *args: object) -> _T:
-        """Run what may block."""
-        pool = cast(Any, self.reactor).getThreadPool()
-        result: _T = await deferToThreadPool(
-            cast(IReactorThreads, self.reactor), pool, function, *args
-        )
-        return result
+__all__ = ["Run"]
 
 
 @implementer(IRunningTurn)
@@ -128,6 +53,10 @@ class Run:
         self._log_context: dict[str, object] = {}
         self._stop_reason: ProxyError | None = None
         self._reported = False
+        self._asked = request
+        self._lost = self._unwanted = False
+        self._workspace: str | None = None
+        self._transcript: Path | None = None
 
     def start(self) -> Deferred[None]:
         """Set out; the Deferred fires when all is over, and never fails."""
@@ -135,11 +64,18 @@ class Run:
         return self._work
 
     def stop(self, reason: ProxyError | None) -> None:
-        if self._turn is not None:
+        if self._turn is not None and not self._lost:
             self._turn.stop(reason)
         elif not self._reported:
             self._stop_reason = reason
-            self._work.cancel()
+            if self._lost:
+                self._unwanted = True  # its process leaves by itself; there is to be no second one
+            else:
+                self._work.cancel()
+
+    def remember(self, tip: str) -> None:
+        if self._kept is not None:
+            self._context.book.remember_tip(self._kept, tip, self._request.conversation)
 
     def pause(self) -> None:
         if self._turn is not None:
@@ -168,10 +104,31 @@ class Run:
             self._report(Outcome(OutcomeKind.FAILURE, ProxyError(Failure.INTERNAL_ERROR)))
 
     async def _work_through(self) -> None:
-        around, request = self._context, self._request
+        around, asked = self._context, self._request
         can = await around.probe.capabilities()
+        asked = adapt(asked, can)
+        self._request = await around.book.recognise(asked)
+        if not await self._with_lease(can):
+            # The session that was found is lost to this turn: another turn has moved it on, or the
+            # CLI has no transcript of it any more.  The history is all there is.
+            if self._unwanted:
+                raise CancelledError
+            self._turn, self._lost = None, False
+            self._request = replace(
+                self._request,
+                session_id=None,
+                claimed=None,
+                workspace=self._workspace,
+                history=asked.history,
+            )
+            await self._with_lease(can)
+
+    async def _with_lease(self, can: Capabilities) -> bool:
+        """Run the turn; False if the session that was found for it is lost."""
+        around, request = self._context, self._request
         servers = self._check(can)
         plan = await around.book.resolve(request, can)
+        self._workspace = plan.workspace
         leases = []
         try:
             lease = await around.leases.acquire(plan.lease_key)
@@ -180,8 +137,10 @@ class Run:
                 leases.append(await around.leases.acquire(plan.source_key))
             if any(taken.waited for taken in leases):
                 # What was read before may be old: the session has moved on meanwhile.
+                if not await around.book.holds(request):
+                    return False
                 plan = await self._resolve_again(plan, can)
-            await self._perform(plan, can, servers, leases)
+            return await self._perform(plan, can, servers, leases)
         finally:
             for taken in leases:
                 taken.release()
@@ -204,27 +163,12 @@ class Run:
             is_root=os.geteuid() == 0,
             environment=settings.environment,
         )
-        command.check_supported(
-            self._turn_settings(), can, partial_messages=request.partial_messages
-        )
-        command.check_rules("allowed-tools", request.allowed_tools, can)
-        command.check_rules("disallowed-tools", request.disallowed_tools, can)
+        check_supported(request, can)
         return self._context.mcp.config.servers_for(request.mcp_tools)
-
-    def _turn_settings(self) -> command.TurnSettings:
-        request = self._request
-        return command.TurnSettings(
-            allowed_tools=(*request.allowed_tools, *request.mcp_tools),
-            permission_mode=request.permission_mode,
-            effort=request.effort,
-            system_prompt=request.system_prompt,
-            append_system_prompt=request.append_system_prompt,
-            json_schema=request.json_schema,
-        )
 
     async def _perform(
         self, plan: Plan, can: Capabilities, servers: tuple[str, ...], leases: list[Lease]
-    ) -> None:
+    ) -> bool:
         around, request = self._context, self._request
         self.session_id = plan.session_id
         self._observer.turn_planned(plan.session_id)
@@ -237,7 +181,9 @@ class Run:
             max_turns=request.max_turns,
             skip_permissions=request.skip_permissions,
             mcp_servers=servers,
+            max_output_tokens=request.max_output_tokens,
         )
+        plan = await self._tell_history(plan, key.workspace, can)
         mcp_file = await self._write_mcp_file(servers)
         try:
             outcome = await self._run_turn(plan, key, can, mcp_file, leases)
@@ -247,38 +193,73 @@ class Run:
                 outcome = await self._run_turn(
                     replace(plan, start=start), key, can, mcp_file, leases
                 )
-            self._report(outcome)
+            self._lost = self._is_lost(outcome)
+            if not self._lost:
+                self._report(outcome)
             for agent, marker in self._agents:
                 await agent.when_gone()
                 around.sweeper.sweep(marker)
+            self._agents = []
+            return not self._lost
         finally:
             if mcp_file is not None:
-                await around.in_thread(_remove, mcp_file)
+                await around.files.remove(mcp_file)
+            if self._transcript is not None and self._kept is None:
+                # No session has come of it.
+                await around.files.remove(self._transcript)
+
+    def _is_lost(self, outcome: Outcome) -> bool:
+        """Whether the session that was found for the client, who named none, is no more."""
+        return (
+            outcome.error is not None
+            and outcome.error.failure is Failure.SESSION_NOT_FOUND
+            and self._request.session_id is not None
+            and self._asked.session_id is None
+        )
+
+    async def _tell_history(self, plan: Plan, workspace: str, can: Capabilities) -> Plan:
+        """Tell a new session what was said before it."""
+        request = self._request
+        if not request.history or plan.start.kind is not command.StartKind.NEW:
+            return plan
+        if not can.transcripts:
+            return self._as_context(plan)
+        # Where the CLI makes ids of its own, this is the one that it resumes.
+        session_id = plan.start.session_id or plan.lease_key
+        try:
+            self._transcript = await self._context.files.write_transcript(
+                request.history, session_id, Path(workspace), can
+            )
+        except OSError as error:
+            self._log.warn(
+                "a transcript cannot be written: {error}; the conversation so far is told as one "
+                "message",
+                type="transcript_failed",
+                error=error.strerror,
+                request_id=request.request_id,
+            )
+            return self._as_context(plan)
+        start = command.SessionStart(command.StartKind.RESUME, session_id)
+        return replace(plan, start=start, record_id=plan.session_id)
+
+    def _as_context(self, plan: Plan) -> Plan:
+        """Tell what was said before at the head of the new message."""
+        request = self._request
+        told = transcript.as_context([(said.role, said.content) for said in request.history])
+        self._request = replace(request, content=[*told, *request.blocks])
+        return plan
 
     async def _write_mcp_file(self, servers: tuple[str, ...]) -> Path | None:
-        """The servers' configuration holds secrets: in a private file, argv is public."""
         if not servers:
             return None
-        path = self._context.settings.run_directory / f"mcp-{uuid4().hex}.json"
-        text = self._context.mcp.config.subset_json(servers)
-        written: Deferred[None] = Deferred()
-
-        def over(result: Any) -> Deferred[None] | None:
-            if written.called:
-                # The turn was stopped meanwhile, and its thread has written all the same.
-                return Deferred.fromCoroutine(self._context.in_thread(_remove, path))
-            written.callback(result)
-            return None
-
-        writing = self._context.in_thread(_write_private, path, text)
-        Deferred.fromCoroutine(writing).addBoth(over)
         try:
-            await written
+            return await self._context.files.write_mcp(
+                self._context.mcp.config.subset_json(servers)
+            )
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 raise _not_started(error) from error
             raise
-        return path
 
     async def _run_turn(
         self,
@@ -289,7 +270,7 @@ class Run:
         leases: list[Lease],
     ) -> Outcome:
         around, request = self._context, self._request
-        settings = self._turn_settings()
+        settings = turn_settings(request)
         self._log_context = {"request_id": request.request_id, "session_id": plan.session_id}
         turn = Turn(
             around.clock,
@@ -318,8 +299,13 @@ class Run:
         self._spawn(agent, argv, key.workspace)
         self._turn = turn
         if can.control:
-            agent.request("initialize", command.initialize_fields(settings, can))
-        turn.start(agent, control.user_message(request.content, str(uuid4())))
+            agent.request(
+                "initialize",
+                command.initialize_fields(settings, can),
+                lambda answer: around.learn(can.version, answer),
+            )
+        content = prompt.literal(request.blocks, can) if request.literal else request.content
+        turn.start(agent, control.user_message(content, str(uuid4())))
         outcome = await turn.done
         self._write_down(plan, leases, outcome, can)
         return outcome
@@ -360,7 +346,9 @@ class Run:
         around, request = self._context, self._request
         marker = around.next_marker()
         full = [*command.launch_prefix(workspace), *argv]
-        environment: Any = command.build_environment(around.settings.environment, marker)
+        environment: Any = command.build_environment(
+            around.settings.environment, marker, max_output_tokens=request.max_output_tokens
+        )
         try:
             around.reactor.spawnProcess(agent, full[0], full, env=environment)
         except OSError as error:
@@ -380,6 +368,9 @@ class Run:
         if self._reported:
             return
         self._reported = True
+        if self._kept is None:
+            # Before the client hears of it: the next try is to find what this one has found.
+            self._context.book.unclaim(self._request)
         figures = outcome.figures
         duration = self._context.clock.seconds() - self._request.received
         self._log.info(
@@ -424,19 +415,3 @@ def _exists_already(outcome: Outcome, plan: Plan) -> bool:
 
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 1)
-
-
-def _write_private(path: Path, text: bytes) -> None:
-    """Blocks."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text)
-    except OSError:
-        _remove(path)  # what a full disk has taken of it may be a secret
-        raise
-
-
-def _remove(path: Path) -> None:
-    """Blocks."""
-    path.unlink(missing_ok=True)

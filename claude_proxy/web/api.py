@@ -4,6 +4,14 @@ The routes.  Each takes a request apart, hands it down, and answers; nothing is 
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
 import msgspec
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
@@ -11,9 +19,13 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure as TwistedFailure
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from claude_proxy.dialects import native
+from claude_proxy.cli.catalogue import ModelCatalogue
+from claude_proxy.dialects import chat, history, models, native
+from claude_proxy.dialects.completion import Activity, ChatAnswer, ChatStream
+from claude_proxy.dialects.passthrough import NativeAnswer, NativeStream
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.executor import Executor
+from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.web.health import HealthReport
 from claude_proxy.web.site import (
     ProxyRequest,
@@ -22,13 +34,37 @@ from claude_proxy.web.site import (
 )
 from claude_proxy.web.stream import EventStream, WholeAnswer
 
-__all__ = ["JSON_PATHS", "PUBLIC_PATHS", "Api"]
+__all__ = ["JSON_PATHS", "PUBLIC_PATHS", "Api", "ChatRules"]
 
 PUBLIC_PATHS = frozenset({"/health"})
 """What needs no key."""
 
-JSON_PATHS = frozenset({"/api/claude"})
+JSON_PATHS = frozenset({"/api/claude", "/v1/chat/completions"})
 """What takes a JSON body by POST."""
+
+HEAD_PATIENCE = 5.0
+"""Seconds for which the head of a chat's stream waits for something to tell."""
+
+_LARGE = 256 * 1024
+"""Bytes of a chat's body from which on it is decoded in a thread: 30 MB take most of a second."""
+
+_CONVERSATION_HEADERS = ("x-conversation-id", "x-openwebui-chat-id")
+_CONVERSATION = re.compile(r"[!-~]{1,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRules:
+    """
+    What the settings say of the OpenAI dialect.
+
+    @ivar text_parameters: which parameters the text of a message may set.
+    @ivar activity: where thinking and tool activity go.
+    @ivar aliases: names of models and what they stand for.
+    """
+
+    text_parameters: str
+    activity: Activity
+    aliases: tuple[tuple[str, str], ...]
 
 
 class Api:
@@ -44,14 +80,23 @@ class Api:
         clock: IReactorTime,
         *,
         stall_timeout: float,
+        in_thread: Callable[..., Awaitable[Any]],
+        chat_rules: ChatRules,
+        catalogue: ModelCatalogue,
     ) -> None:
         """
         @param stall_timeout: seconds for which a client may take nothing of its answer.
+        @param in_thread: runs what takes long.
+        @param catalogue: knows which models the CLI names.
         """
         self._executor = executor
         self._health = health
         self._clock = clock
         self._stall_timeout = stall_timeout
+        self._in_thread = in_thread
+        self._chat_rules = chat_rules
+        self._catalogue = catalogue
+        self._started = int(time.time())
 
     @app.route("/health", methods=["GET"])
     async def health(self, request: ProxyRequest) -> bytes:
@@ -82,16 +127,109 @@ class Api:
         )
         response: EventStream | WholeAnswer
         if decoded.stream:
-            response = EventStream(
+            framer = NativeStream(partial_messages=decoded.include_partial_messages)
+            response = EventStream(request, self._clock, self._stall_timeout, framer)
+        else:
+            response = WholeAnswer(request, self._clock, self._stall_timeout, NativeAnswer())
+        response.run(lambda: self._executor.run(turn, response))
+        await response.outlet.closed
+
+    @app.route("/v1/chat/completions", methods=["POST"])
+    async def chat_completions(self, request: ProxyRequest) -> None:
+        received, body = self._clock.seconds(), request.body()
+        decode = partial(
+            chat.decode_request,
+            body,
+            text_parameters=self._chat_rules.text_parameters,
+            conversation=_conversation(request),
+            session_header=request.head("x-claude-session-id"),
+        )
+        asked = await self._in_thread(decode) if len(body) > _LARGE else decode()
+        aliases = self._chat_rules.aliases
+        known = await self._known(asked.model) if asked.model else ()
+        turn = chat.turn_request(
+            asked,
+            model=models.resolve(asked.model, aliases, known),
+            tenant=request.tenant or "",
+            request_id=request.request_id,
+            received=received,
+        )
+        self._log_chat(request, asked, turn, len(body))
+        response = self._chat_response(request, asked, turn)
+        response.run(lambda: self._executor.run(turn, response))
+        await response.outlet.closed
+
+    def _log_chat(
+        self, request: ProxyRequest, asked: chat.ChatRequest, turn: TurnRequest, size: int
+    ) -> None:
+        self._log.info(
+            "request received",
+            type="request",
+            path="/v1/chat/completions",
+            request_id=request.request_id,
+            session_id=turn.session_id,
+            tenant=turn.tenant,
+            body_bytes=size,
+            messages=asked.message_count,
+            prompt_characters=asked.prompt_characters,
+            workspace=turn.workspace,
+            stream=asked.stream,
+        )
+        if asked.ignored:
+            self._log.info(
+                "fields without effect: {fields}",
+                type="fields_ignored",
+                fields=list(asked.ignored),
+                request_id=request.request_id,
+            )
+
+    def _chat_response(
+        self, request: ProxyRequest, asked: chat.ChatRequest, turn: TurnRequest
+    ) -> EventStream | WholeAnswer:
+        form: dict[str, Any] = {
+            "completion_id": f"chatcmpl-{uuid4().hex}",
+            "created": int(time.time()),
+            "model": asked.model,
+            "include_usage": asked.include_usage,
+            "bare_json": asked.bare_json,
+            "activity": self._chat_rules.activity,
+            "shown": asked.shown,
+            "workspace": turn.workspace,
+        }
+        answer = ChatStream(**form) if asked.stream else ChatAnswer(**form)
+
+        def tip() -> str | None:
+            text = answer.answer_text
+            return None if text is None else history.next_tip(asked.tip_source, text)
+
+        if isinstance(answer, ChatStream):
+            return EventStream(
                 request,
                 self._clock,
                 self._stall_timeout,
-                partial_messages=decoded.include_partial_messages,
+                answer,
+                tip=tip,
+                patience=HEAD_PATIENCE,
             )
-        else:
-            response = WholeAnswer(request, self._clock, self._stall_timeout)
-        response.run(lambda: self._executor.run(turn, response))
-        await response.outlet.closed
+        return WholeAnswer(request, self._clock, self._stall_timeout, answer, tip=tip)
+
+    async def _known(self, model: str) -> tuple[str, ...]:
+        """The models that the CLI names, where that matters for this one."""
+        if not models.needs_known(model, self._chat_rules.aliases):
+            return ()
+        return await self._catalogue.required_names()
+
+    @app.route("/v1/models", methods=["GET"])
+    async def list_models(self, request: ProxyRequest) -> bytes:
+        known = await self._catalogue.names()
+        body = models.models_list(self._chat_rules.aliases, known, self._started)
+        return prepare_json(request, 200, body)
+
+    @app.route("/v1/models/<path:name>", methods=["GET"])
+    async def one_model(self, request: ProxyRequest, name: str) -> bytes:
+        known = await self._known(name)
+        body = models.model_entry(name, self._chat_rules.aliases, known, self._started)
+        return prepare_json(request, 200, body)
 
     @app.handle_errors(ProxyError)  # type: ignore[arg-type]  # this site makes ProxyRequests only
     def failed(self, request: ProxyRequest, failure: TwistedFailure) -> bytes:
@@ -108,7 +246,10 @@ class Api:
 
     @app.handle_errors(HTTPException)  # type: ignore[arg-type]  # this site makes ProxyRequests only
     def not_found(self, request: ProxyRequest, _failure: TwistedFailure) -> bytes:
-        message = "There is nothing at this path. See GET /health and POST /api/claude."
+        message = (
+            "There is nothing at this path. This server has POST /v1/chat/completions, "
+            "GET /v1/models, GET /v1/models/ID, POST /api/claude and GET /health."
+        )
         return prepare_error(request, ProxyError(Failure.NOT_FOUND, message))
 
     @app.handle_errors(Exception)  # type: ignore[arg-type]  # this site makes ProxyRequests only
@@ -120,3 +261,12 @@ class Api:
             request_id=request.request_id,
         )
         return prepare_error(request, ProxyError(Failure.INTERNAL_ERROR))
+
+
+def _conversation(request: ProxyRequest) -> str | None:
+    """The client's own name for the conversation, by the first header that has a usable one."""
+    for header in _CONVERSATION_HEADERS:
+        name = request.head(header)
+        if name is not None and _CONVERSATION.fullmatch(name):
+            return name
+    return None

@@ -51,6 +51,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _SLASHES = re.compile("//+")
 
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,4096}")
+
 _PREFLIGHT_AGE = b"600"
 
 
@@ -370,10 +372,10 @@ def prepare_preflight(request: ProxyRequest) -> bytes:
     request.setResponseCode(204)
     if request.responseHeaders.hasHeader(b"Access-Control-Allow-Origin"):
         request.setHeader(b"Access-Control-Allow-Methods", b"GET, POST, DELETE, OPTIONS")
-        request.setHeader(
-            b"Access-Control-Allow-Headers",
-            b"Authorization, Content-Type, X-Api-Key, X-Request-Id",
-        )
+        # Clients add headers of their own (x-stainless-...); an origin that may call may send them.
+        wanted = request.head("access-control-request-headers") or ""
+        if _HEADER_NAMES.fullmatch(wanted):
+            request.setHeader(b"Access-Control-Allow-Headers", wanted.encode())
         request.setHeader(b"Access-Control-Max-Age", _PREFLIGHT_AGE)
     return b""
 

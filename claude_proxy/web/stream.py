@@ -1,7 +1,7 @@
 """
-Turns on their way to a client: as a stream of events, or as one whole answer.
+Turns on their way to a client: as a stream of events, or as one whole answer, in any dialect.
 
-The head of a stream is sent with the first event, so that a failure before it has its true HTTP
+The head of a stream is sent with the first frames, so that a failure before them has its true HTTP
 status; after it a failure is a last event of the stream.  A client's leaving stops its turn.
 """
 
@@ -16,9 +16,8 @@ from zope.interface import implementer
 from claude_proxy import __version__
 from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Outcome
-from claude_proxy.dialects import native
 from claude_proxy.errors import ProxyError
-from claude_proxy.interfaces import IRunningTurn, ITurnObserver
+from claude_proxy.interfaces import IFramer, IRunningTurn, ITurnObserver, IWholeAnswer
 from claude_proxy.web.outlet import Outlet
 from claude_proxy.web.site import ProxyRequest, prepare_error, prepare_json
 
@@ -27,10 +26,12 @@ __all__ = ["EventStream", "WholeAnswer"]
 HEARTBEAT = 15.0
 """Seconds of silence after which a sign of life is sent: proxies cut what is silent for 60."""
 
-_SIGN_OF_LIFE = b":\n"
-"""A comment.  No blank line follows it: some clients take one for the end of an event."""
-
 _SESSION_HEADER = b"X-Claude-Session-Id"
+
+
+def _no_tip() -> str | None:
+    """Of a dialect that does not find sessions by their conversations."""
+    return None
 
 
 class _Response:
@@ -38,9 +39,20 @@ class _Response:
 
     _log = Logger(namespace="claude_proxy.web")
 
-    def __init__(self, request: ProxyRequest, clock: IReactorTime, stall_timeout: float) -> None:
+    def __init__(
+        self,
+        request: ProxyRequest,
+        clock: IReactorTime,
+        stall_timeout: float,
+        tip: Callable[[], str | None] = _no_tip,
+    ) -> None:
+        """
+        @param tip: gives, once the answer is whole, the fingerprint by which its conversation is
+            found again.
+        """
         self.request = request
         self.clock = clock
+        self._tip = tip
         self._turn: IRunningTurn | None = None
         self._session_id: str | None = None
         self.outlet = Outlet(
@@ -66,11 +78,22 @@ class _Response:
         if session_id is not None:
             self.request.setHeader(_SESSION_HEADER, session_id.encode())
 
+    def _remember(self) -> None:
+        """Must be done before the answer's end is sent: the next request follows at once."""
+        tip = self._tip()
+        if tip is not None and self._turn is not None:
+            self._turn.remember(tip)
+
     def _refuse(self, error: ProxyError) -> None:
         """The head is unsent: the failure gets its true status."""
         self._set_session_header(self._session_id)
         self.outlet.write(prepare_error(self.request, error))
         self.outlet.finish()
+
+    def _give_up(self, error: ProxyError) -> None:
+        """What has come cannot be told truthfully: end the turn, which tells the client why."""
+        if self._turn is not None:
+            self._turn.stop(error)
 
     def _paused(self) -> None:
         if self._turn is not None:
@@ -90,44 +113,68 @@ class _Response:
 
 @implementer(ITurnObserver)
 class EventStream(_Response):
-    """Server-Sent Events in the native dialect."""
+    """Server-Sent Events."""
 
     def __init__(
         self,
         request: ProxyRequest,
         clock: IReactorTime,
         stall_timeout: float,
+        framer: IFramer,
         *,
-        partial_messages: bool,
+        tip: Callable[[], str | None] = _no_tip,
+        patience: float | None = None,
     ) -> None:
-        super().__init__(request, clock, stall_timeout)
-        self._partial_messages = partial_messages
+        """
+        @param patience: seconds from the turn's start after which the head is sent though there is
+            nothing to tell yet; None to wait as long as it takes.
+        """
+        super().__init__(request, clock, stall_timeout, tip)
+        self._framer = framer
+        self._patience = patience
         self._head_sent = False
         self._last_write = 0.0
+        self._head_timer: IDelayedCall | None = None
         self._heartbeat_timer: IDelayedCall | None = None
 
+    def turn_planned(self, session_id: str | None) -> None:
+        super().turn_planned(session_id)
+        if self._patience is not None and self._head_timer is None:
+            self._head_timer = self.clock.callLater(self._patience, self._out_of_patience)
+
     def turn_events(self, events: list[Event]) -> None:
-        frames = native.encode_events(events, partial_messages=self._partial_messages)
-        if not frames:
+        try:
+            frames = self._framer.events(events)
+        except ProxyError as error:
+            self._give_up(error)
             return
-        if not self._head_sent:
-            self._send_head(events[0].session_id or self._session_id)
-        self._last_write = self.clock.seconds()
-        self.outlet.write(frames)
+        if frames:
+            self._write(frames, events[0].session_id)
 
     def turn_ended(self, outcome: Outcome) -> None:
         session_id = outcome.session_id or self._session_id
-        if not self._head_sent and outcome.error is not None:
-            self._refuse(outcome.error)
-            return
-        if outcome.result is not None:
-            self.turn_events([outcome.result])
-        elif outcome.error is not None:
-            self.outlet.write(native.failure_frame(outcome.error, session_id))
-        if self._heartbeat_timer is not None:
-            self._heartbeat_timer.cancel()
-            self._heartbeat_timer = None
+        try:
+            if outcome.error is not None and not self._head_sent:
+                raise outcome.error
+            frames = self._framer.end(outcome, session_id)
+        except ProxyError as error:
+            if not self._head_sent:
+                self._stop_timers()
+                self._refuse(error)
+                return
+            frames = self._framer.failure(error, session_id)
+        else:
+            self._remember()
+        if frames:
+            self._write(frames, session_id)
+        self._stop_timers()
         self.outlet.finish()
+
+    def _write(self, frames: bytes, session_id: str | None) -> None:
+        if not self._head_sent:
+            self._send_head(session_id or self._session_id)
+        self._last_write = self.clock.seconds()
+        self.outlet.write(frames)
 
     def _send_head(self, session_id: str | None) -> None:
         self._head_sent = True
@@ -136,30 +183,58 @@ class EventStream(_Response):
         self.request.setHeader(b"Cache-Control", b"no-cache")
         self.request.setHeader(b"X-Accel-Buffering", b"no")
         self._set_session_header(session_id)
+        if self._head_timer is not None and self._head_timer.active():
+            self._head_timer.cancel()
         self._heartbeat_timer = self.clock.callLater(HEARTBEAT, self._beat)
+
+    def _out_of_patience(self) -> None:
+        if not self._head_sent:
+            self._write(self._framer.open(), None)
 
     def _beat(self) -> None:
         silent = self.clock.seconds() - self._last_write
         if silent >= HEARTBEAT and not self.outlet.paused:
             self._last_write = self.clock.seconds()
-            self.outlet.write(_SIGN_OF_LIFE)
+            self.outlet.write(self._framer.beat())
             silent = 0.0
         self._heartbeat_timer = self.clock.callLater(max(HEARTBEAT - silent, 1.0), self._beat)
+
+    def _stop_timers(self) -> None:
+        for timer in (self._head_timer, self._heartbeat_timer):
+            if timer is not None and timer.active():
+                timer.cancel()
 
 
 @implementer(ITurnObserver)
 class WholeAnswer(_Response):
-    """One JSON body: the ``result`` event, or the error."""
+    """One JSON body: the answer, or the error."""
+
+    def __init__(
+        self,
+        request: ProxyRequest,
+        clock: IReactorTime,
+        stall_timeout: float,
+        answer: IWholeAnswer,
+        *,
+        tip: Callable[[], str | None] = _no_tip,
+    ) -> None:
+        super().__init__(request, clock, stall_timeout, tip)
+        self._answer = answer
 
     def turn_events(self, events: list[Event]) -> None:
-        """Nothing is sent before the end."""
+        try:
+            self._answer.events(events)
+        except ProxyError as error:
+            self._give_up(error)
 
     def turn_ended(self, outcome: Outcome) -> None:
+        session_id = outcome.session_id or self._session_id
         try:
-            body = native.whole_answer(outcome)
+            body = self._answer.body(outcome, session_id)
         except ProxyError as error:
             self._refuse(error)
             return
-        self._set_session_header(outcome.session_id or self._session_id)
+        self._remember()
+        self._set_session_header(session_id)
         self.outlet.write(prepare_json(self.request, 200, body))
         self.outlet.finish()

@@ -19,10 +19,10 @@ from claude_proxy.cli.turn import Limits
 from claude_proxy.errors import Failure
 from claude_proxy.interfaces import ITurnObserver
 from claude_proxy.sessions.book import SessionBook
+from claude_proxy.sessions.context import RunContext, RunSettings
 from claude_proxy.sessions.executor import Executor
 from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpServers
-from claude_proxy.sessions.run import RunContext, RunSettings
 from claude_proxy.sessions.store import Store
 from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.sessions.workspaces import Workspaces
@@ -129,7 +129,7 @@ async def test_a_model_that_never_fits_the_schema_has_failed(
         outcome = await ask(executor, script)
     assert outcome.kind is OutcomeKind.FAILURE
     assert outcome.error is not None
-    assert outcome.error.failure is Failure.CLI_FAILED
+    assert outcome.error.failure is Failure.UPSTREAM_ERROR
     assert "structured" in outcome.error.message
 
 

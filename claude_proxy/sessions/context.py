@@ -1,0 +1,99 @@
+"""What all turns share: the settings that concern them, and those who do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from twisted.internet.interfaces import IReactorProcess, IReactorThreads, IReactorTime
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+
+from claude_proxy.cli.control import ControlAnswer
+from claude_proxy.cli.probe import CliProbe
+from claude_proxy.cli.sweep import Sweeper
+from claude_proxy.cli.turn import Limits
+from claude_proxy.sessions.agentfiles import AgentFiles
+from claude_proxy.sessions.book import SessionBook
+from claude_proxy.sessions.leases import Leases
+from claude_proxy.sessions.mcp import McpServers
+from claude_proxy.sessions.workspaces import Workspaces
+
+__all__ = ["COME_BACK", "RunContext", "RunSettings"]
+
+_T = TypeVar("_T")
+
+COME_BACK = 5
+"""Seconds after which a client may try again what the server could not do just now."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """
+    What a run needs to know of the settings.
+
+    @ivar environment: what agent processes see, before our marker.
+    @ivar line_limit: longest line accepted from an agent process, in bytes.
+    @ivar run_directory: a private directory of this run, for files that agent processes read.
+    @ivar marker: the beginning of the marker of every agent process of this run.
+    """
+
+    limits: Limits
+    kill_timeout: float
+    line_limit: int
+    environment: Mapping[str, str]
+    allow_skip_permissions: bool
+    workspace_hooks: bool
+    run_directory: Path
+    marker: str
+
+
+class RunContext:
+    """
+    What all runs share: the settings, and those who do the work.
+
+    @ivar learn: told the version of the CLI and what each process says of itself at its start.
+    """
+
+    log = Logger(namespace="claude_proxy.sessions")
+
+    def __init__(
+        self,
+        reactor: IReactorProcess,
+        clock: IReactorTime,
+        settings: RunSettings,
+        *,
+        book: SessionBook,
+        leases: Leases,
+        workspaces: Workspaces,
+        mcp: McpServers,
+        probe: CliProbe,
+        sweeper: Sweeper,
+    ) -> None:
+        self.learn: Callable[[str, ControlAnswer], None] = lambda _version, _answer: None
+        self.reactor = reactor
+        self.clock = clock
+        self.settings = settings
+        self.book = book
+        self.leases = leases
+        self.workspaces = workspaces
+        self.mcp = mcp
+        self.probe = probe
+        self.sweeper = sweeper
+        self.files = AgentFiles(self.in_thread, settings.run_directory, settings.environment)
+        self._processes_started = 0
+
+    def next_marker(self) -> str:
+        """The marker of the next agent process; no two are the same."""
+        self._processes_started += 1
+        return f"{self.settings.marker}.{self._processes_started}"
+
+    async def in_thread(self, function: Callable[..., _T], *args: object) -> _T:
+        """Run what may block."""
+        pool = cast(Any, self.reactor).getThreadPool()
+        result: _T = await deferToThreadPool(
+            cast(IReactorThreads, self.reactor), pool, function, *args
+        )
+        return result
