@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-__all__ = ["SESSION", "event_line", "flood", "instant"]
+__all__ = ["MARK", "SESSION", "chat_flood", "event_line", "flood", "instant"]
 
 SESSION = "cbcc0b62-0e94-4708-8c01-549ec3f61be0"
 
@@ -25,21 +25,44 @@ _TEXT = {
 }
 
 
-def event_line(characters: int) -> bytes:
-    """A partial message with so many characters of text, as a line of the CLI."""
-    event = {
-        "type": "stream_event",
-        "event": {
-            "type": "content_block_delta",
-            "index": 0,
-            "delta": {"type": "text_delta", "text": "x" * characters},
-        },
-        "session_id": SESSION,
-        "parent_tool_use_id": None,
-        "uuid": SESSION,
-    }
-    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
+MARK = "~"
+"""What the texts of `chat_flood` are made of; it stands nowhere else in an answer."""
 
+
+def event_line(characters: int, text: str = "x") -> bytes:
+    """A partial message with so many characters of text, as a line of the CLI."""
+    delta = {"type": "text_delta", "text": text * characters}
+    return _partial({"type": "content_block_delta", "index": 0, "delta": delta})
+
+
+def _partial(event: dict[str, object]) -> bytes:
+    return _line({"type": "stream_event", "event": event, "parent_tool_use_id": None})
+
+
+def _line(event: dict[str, object]) -> bytes:
+    named = {**event, "session_id": SESSION, "uuid": SESSION}
+    return json.dumps(named, separators=(",", ":")).encode() + b"\n"
+
+
+def _message(events: int, characters: int) -> bytes:
+    """A message that comes in so many pieces and then whole, as the CLI tells it."""
+    block = {"type": "text", "text": MARK * characters * events}
+    whole = {"id": "m", "role": "assistant", "content": [block], "stop_reason": None}
+    start = {"type": "content_block_start", "index": 0, "content_block": {**block, "text": ""}}
+    return b"".join(
+        (
+            _partial({"type": "message_start", "message": {**whole, "content": []}}),
+            _partial(start),
+            event_line(characters, MARK) * events,
+            _line({"type": "assistant", "message": whole, "parent_tool_use_id": None}),
+            _partial({"type": "content_block_stop", "index": 0}),
+            _partial({"type": "message_delta", "delta": {"stop_reason": "end_turn"}}),
+            _partial({"type": "message_stop"}),
+        )
+    )
+
+
+_PER_BLOCK = 1000
 
 _FLOOD = """#!{python} -IS
 import os, sys
@@ -53,11 +76,10 @@ def put(data):
 while b'"user"' not in sys.stdin.buffer.readline():
     pass
 put({init!r})
-event = {event!r}
-block = event * {per_block}
-for _ in range({events} // {per_block}):
+block = {block!r}
+for _ in range({blocks}):
     put(block)
-put(event * ({events} % {per_block}))
+put({rest!r})
 put({result!r})
 sys.stdin.buffer.read()
 """
@@ -65,12 +87,25 @@ sys.stdin.buffer.read()
 
 def flood(path: Path, *, events: int, characters: int = 200) -> Path:
     """Write a child that sends so many events as fast as its pipe takes them."""
+    event = event_line(characters)
+    blocks, rest = divmod(events, _PER_BLOCK)
+    return _flood(path, event * _PER_BLOCK, blocks, event * rest)
+
+
+def chat_flood(path: Path, *, events: int, characters: int = 200) -> Path:
+    """The same in whole messages: each text comes in a thousand pieces, and then once more."""
+    blocks, rest = divmod(events, _PER_BLOCK)
+    last = _message(rest, characters) if rest else b""
+    return _flood(path, _message(_PER_BLOCK, characters), blocks, last)
+
+
+def _flood(path: Path, block: bytes, blocks: int, rest: bytes) -> Path:
     script = _FLOOD.format(
         python=sys.executable,
         init=json.dumps(_INIT).encode() + b"\n",
-        event=event_line(characters),
-        events=events,
-        per_block=1000,
+        block=block,
+        blocks=blocks,
+        rest=rest,
         result=json.dumps(_RESULT).encode() + b"\n",
     )
     return _executable(path, script)

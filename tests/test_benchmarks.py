@@ -12,6 +12,7 @@ import pytest
 _ROOT = Path(__file__).resolve().parent.parent
 
 _CPU = r"[\d.]+ CPU s per 100,000"
+_CHARACTERS = "500,000 characters"
 _MS = r"[\d.]+ ms \([\d.]+ to [\d.]+\)"
 
 
@@ -40,6 +41,13 @@ def run(name: str, *parameters: str) -> list[str]:
             ],
         ),
         (
+            ["chat_stream", "2500"],
+            [
+                r"bare pipe +[\d,]+ events/s",
+                *[rf"claude-proxy +[\d,]+ events/s  {_CPU}  [\d.]+ of the pipe  {_CHARACTERS}"] * 3,
+            ],
+        ),
+        (
             ["first_token", "3"],
             [
                 rf"bare start +{_MS}",
@@ -60,7 +68,7 @@ def run(name: str, *parameters: str) -> list[str]:
             ],
         ),
     ],
-    ids=["native_stream", "first_token", "slow_client"],
+    ids=["native_stream", "chat_stream", "first_token", "slow_client"],
 )
 def test_a_benchmark_says_what_it_measured(command: list[str], expected: list[str]) -> None:
     lines = run(*command)
