@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from zope.interface import Attribute, Interface
 
 from claude_proxy.cli.events import Event
@@ -38,8 +40,16 @@ class IAgentListener(Interface):
 class ITurnObserver(Interface):
     """Who follows a turn; implemented by the response to a client."""
 
-    def turn_planned(session_id: str | None) -> None:
-        """Learn the id of the turn's session (str), or None where only the CLI will tell."""
+    def turn_planned(
+        session_id: str | None, workspace: str | None, parameters: Mapping[str, object]
+    ) -> None:
+        """
+        Learn what the turn runs on; once more if it is planned anew.
+
+        @param session_id: None where only the CLI will tell.
+        @param workspace: name of the session's workspace; None is the shared one.
+        @param parameters: those in force, what was inherited included.
+        """
 
     def turn_events(events: list[Event]) -> None:
         """
@@ -77,6 +87,9 @@ class IFramer(Interface):
     Each method returns bytes for the client, none if there is nothing to tell.
     """
 
+    def planned(workspace: str | None, parameters: Mapping[str, object]) -> None:
+        """Learn what the turn runs on, as its observer does."""
+
     def open() -> bytes:
         """Begin, where nothing has happened yet that could be told."""
 
@@ -103,6 +116,9 @@ class IFramer(Interface):
 
 class IWholeAnswer(Interface):
     """A dialect's way to tell a turn as one JSON body at its end; implemented by dialects."""
+
+    def planned(workspace: str | None, parameters: Mapping[str, object]) -> None:
+        """Learn what the turn runs on, as its observer does."""
 
     def events(events: list[Event]) -> None:
         """

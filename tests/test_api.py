@@ -371,7 +371,7 @@ def test_a_chat_is_one_completion_unless_it_is_asked_for_as_a_stream() -> None:
 def test_the_head_of_a_chat_waits_for_content_but_not_for_ever() -> None:
     world = World()
     world.chat(stream=True)
-    world.turn.observer.turn_planned(SESSION)
+    world.turn.observer.turn_planned(SESSION, None, {})
     world.turn.observer.turn_events([INIT])
     assert world.connection.received == b""
     world.clock.advance(HEAD_PATIENCE)
@@ -383,7 +383,7 @@ def test_the_head_of_a_chat_waits_for_content_but_not_for_ever() -> None:
 def test_a_chat_that_fails_before_its_content_has_its_true_status() -> None:
     world = World()
     world.chat(stream=True)
-    world.turn.observer.turn_planned(SESSION)
+    world.turn.observer.turn_planned(SESSION, None, {})
     world.turn.observer.turn_events([INIT])
     error = ProxyError(Failure.RATE_LIMIT_EXCEEDED, retry_after=3)
     world.turn.observer.turn_ended(Outcome(OutcomeKind.FAILURE, error))
@@ -499,6 +499,7 @@ def test_what_a_text_may_set_is_a_matter_of_the_settings() -> None:
 def test_where_activity_goes_is_a_matter_of_the_settings() -> None:
     world = World(activity="content")
     world.chat("workspace=w\nhello")
+    world.turn.observer.turn_planned(SESSION, "w", {})
     world.turn.observer.turn_events([INIT, TEXT])
     world.turn.observer.turn_ended(SUCCESS)
     content = world.connection.answers[0].json["choices"][0]["message"]["content"]

@@ -71,7 +71,6 @@ def test_messages_are_enough() -> None:
     assert not request.include_usage
     assert request.bare_json is None
     assert request.ignored == ()
-    assert request.shown == {}
     assert (request.message_count, request.prompt_characters) == (1, 5)
     assert request.tip_source == (("user", "hello"),)
     assert turn_from(request) == TurnRequest(
@@ -121,14 +120,6 @@ def test_every_field_reaches_the_turn() -> None:
     assert request.stream
     assert request.include_usage
     assert request.bare_json == "schema"
-    assert request.shown == {
-        "workspace": "project",
-        "allowed-tools": ["Bash(git *)", "Edit"],
-        "disallowed-tools": ["WebFetch"],
-        "mcp-allowed-tools": ["mcp__github__get_repo"],
-        "dangerously-skip-permissions": True,
-        "permission-mode": "plan",
-    }
     assert turn_from(request, "claude-opus-4-1") == TurnRequest(
         content=blocks("three"),
         tenant="alice",
@@ -436,15 +427,9 @@ EARLIER = 'workspace=a allowed-tools=["A"] dangerously-skip-permissions=true\nx'
 
 
 def test_earlier_messages_say_what_a_new_session_inherits() -> None:
-    request = decode(messages=said(EARLIER, "y", "z"))
-    told = turn_from(request)
+    told = turn(messages=said(EARLIER, "y", "z"))
     assert (told.workspace, told.allowed_tools, told.skip_permissions) == ("a", ("A",), True)
     assert told.inherit == set(chat.INHERITED)
-    assert request.shown == {
-        "workspace": "a",
-        "allowed-tools": ["A"],
-        "dangerously-skip-permissions": True,
-    }
 
 
 def test_what_is_given_now_wins_over_earlier_messages() -> None:

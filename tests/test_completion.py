@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -39,6 +39,8 @@ from tests.answers import (
     tool_result,
 )
 
+_T = TypeVar("_T", ChatStream, ChatAnswer)
+
 EXTRAS = {
     "ChatCompletionChunk": {"claude"},
     "ChatCompletion": {"claude"},
@@ -71,13 +73,20 @@ def form(**changed: object) -> dict[str, Any]:
         "include_usage": False,
         "bare_json": None,
         "activity": "reasoning",
-        "shown": {},
     }
     return usual | changed
 
 
 def stream(**changed: object) -> ChatStream:
-    return ChatStream(**form(**changed))
+    return planned(ChatStream, **changed)
+
+
+def planned(kind: type[_T], **changed: Any) -> _T:
+    """An answer that knows what its turn runs on."""
+    workspace, shown = changed.pop("workspace", None), changed.pop("shown", {})
+    answer = kind(**form(**changed))
+    answer.planned(workspace, shown)
+    return answer
 
 
 def check(model: BaseModel) -> None:
@@ -364,10 +373,10 @@ def test_an_answer_without_activity_shows_its_session_all_the_same() -> None:
 
 
 def test_without_anything_to_show_there_is_only_the_text() -> None:
-    assert InlineActivity({}).place([Piece(TEXT, "a"), Piece(REASONING, "\n\nb")]) == [
+    assert InlineActivity().place([Piece(TEXT, "a"), Piece(REASONING, "\n\nb")]) == [
         Piece(TEXT, "a\n\n<thinking>\nb")
     ]
-    assert InlineActivity({}).end() == []
+    assert InlineActivity().end() == []
 
 
 @pytest.mark.parametrize("activity", ["reasoning", "content", "none"])
@@ -387,7 +396,7 @@ def test_bare_json_is_bare_wherever_activity_goes(activity: str) -> None:
 def whole_answer(
     events: Sequence[Event], ended: Event | None = None, **changed: object
 ) -> dict[str, Any]:
-    answer = ChatAnswer(**form(**changed))
+    answer = planned(ChatAnswer, **changed)
     answer.events(list(events))
     body = answer.body(outcome(ended or result()), SESSION)
     check(ChatCompletion.model_validate_json(body, strict=True))
@@ -430,7 +439,7 @@ def test_a_whole_answer_without_reasoning_has_no_field_for_it() -> None:
 
 
 def test_a_whole_answer_remembers_its_text() -> None:
-    answer = ChatAnswer(**form(activity="content", shown=SHOWN, workspace="project"))
+    answer = planned(ChatAnswer, activity="content", shown=SHOWN, workspace="project")
     answer.events(TOOLS)
     assert answer.answer_text is None
     answer.body(outcome(result()), SESSION)
@@ -439,7 +448,7 @@ def test_a_whole_answer_remembers_its_text() -> None:
 
 @pytest.mark.parametrize("ended", [FAILED, replace(FAILED, error=None)])
 def test_a_whole_answer_of_a_failed_turn_is_its_error(ended: Outcome) -> None:
-    answer = ChatAnswer(**form())
+    answer = planned(ChatAnswer)
     answer.events(EVENTS)
     with pytest.raises(ProxyError) as caught:
         answer.body(ended, SESSION)
@@ -450,7 +459,7 @@ def test_a_whole_answer_of_a_failed_turn_is_its_error(ended: Outcome) -> None:
 
 def test_a_whole_answer_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completion, "LONGEST_WHOLE", 8)
-    answer = ChatAnswer(**form())
+    answer = planned(ChatAnswer)
     with pytest.raises(ProxyError, match="'stream': true"):
         answer.events(EVENTS)
     assert answer._told == {TEXT: [], REASONING: []}
@@ -465,7 +474,7 @@ def test_nothing_in_a_text_ends_its_line() -> None:
 
 
 def test_half_a_character_breaks_no_frame() -> None:
-    chunks = whole([], model="half \ud83d\u2028", shown={})
+    chunks = whole([], model="half \ud83d\u2028")
     assert chunks[0]["model"] == "half ?\u2028"
 
 

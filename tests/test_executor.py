@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -53,7 +53,9 @@ class Observer:
         self.events: list[str] = []
         self.outcomes: list[Outcome] = []
 
-    def turn_planned(self, session_id: str | None) -> None:
+    def turn_planned(
+        self, session_id: str | None, workspace: str | None, parameters: Mapping[str, object]
+    ) -> None:
         self.planned.append(session_id)
 
     def turn_events(self, events: list[Event]) -> None:

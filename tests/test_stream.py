@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_both_kinds_of_answer_are_observers(stream: bool) -> None:
 
 def test_a_stream_sends_events_as_they_come_and_ends_with_the_result() -> None:
     world = World()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     assert world.connection.received == b""
     world.response.turn_events([INIT])
     assert world.answer.status == 200
@@ -156,7 +157,7 @@ def test_events_that_come_together_are_one_write() -> None:
 )
 def test_a_failure_before_the_first_event_has_its_true_status(code: Failure, status: int) -> None:
     world = World()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.response.turn_ended(failure(code))
     assert world.answer.status == status
     assert world.answer.error["code"] == code.code
@@ -179,7 +180,7 @@ def test_a_failed_result_before_any_event_is_an_error_with_its_status() -> None:
 
 def test_a_failure_after_the_first_event_is_a_last_frame() -> None:
     world = World()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.response.turn_events([INIT])
     outcome = failure(Failure.INACTIVITY_TIMEOUT)
     world.response.turn_ended(outcome)
@@ -209,14 +210,14 @@ def test_a_result_alone_is_a_stream_too() -> None:
 
 def test_an_old_cli_tells_the_session_in_its_first_event() -> None:
     world = World()
-    world.response.turn_planned(None)
+    world.response.turn_planned(None, None, {})
     world.response.turn_events([INIT])
     assert world.answer.headers["x-claude-session-id"] == SESSION
 
 
 def test_without_a_session_there_is_no_such_header() -> None:
     world = World()
-    world.response.turn_planned(None)
+    world.response.turn_planned(None, None, {})
     world.response.turn_ended(failure(Failure.CLI_FAILED))
     assert "x-claude-session-id" not in world.answer.headers
 
@@ -252,7 +253,7 @@ def test_silence_is_counted_from_the_last_event() -> None:
 
 def test_before_the_head_no_comment_commits_the_status() -> None:
     world = World()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.clock.advance(10 * HEARTBEAT)
     assert world.connection.received == b""
 
@@ -324,7 +325,7 @@ def test_a_turn_that_cannot_start_is_an_error(stream: bool) -> None:
 
 def test_a_whole_answer_is_the_result_alone() -> None:
     world = World(stream=False)
-    world.response.turn_planned(None)
+    world.response.turn_planned(None, None, {})
     world.response.turn_events([INIT, TEXT])
     assert world.connection.received == b""
     world.response.turn_ended(SUCCESS)
@@ -338,7 +339,7 @@ def test_a_whole_answer_is_the_result_alone() -> None:
 @pytest.mark.parametrize("code", list(Failure))
 def test_a_failed_turn_is_an_error_with_its_status_and_session(code: Failure) -> None:
     world = World(stream=False)
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.response.turn_events([INIT, TEXT])
     world.response.turn_ended(failure(code, result=FAILED_RESULT))
     assert (world.answer.status, world.answer.error["code"]) == (code.status, code.code)
@@ -359,6 +360,9 @@ def test_a_limit_of_the_requests_own_is_no_failure() -> None:
 @implementer(IFramer)
 class Dialect:
     """Tells everything in one word each; what it cannot tell, it refuses."""
+
+    def planned(self, workspace: str | None, parameters: Mapping[str, object]) -> None:
+        self.plan = (workspace, parameters)
 
     def open(self) -> bytes:
         return b"[open]"
@@ -384,6 +388,9 @@ class Dialect:
 class WholeDialect:
     """The same, as one body."""
 
+    def planned(self, workspace: str | None, parameters: Mapping[str, object]) -> None:
+        self.plan = (workspace, parameters)
+
     def events(self, events: list[Event]) -> None:
         Dialect().events(events)
 
@@ -404,10 +411,12 @@ class OtherWorld(World):
         self.connection = Connection(open_site(other, Clock()))
         self.connection.send(encode_request("GET", "/", {"X-Request-Id": "r-1"}))
         [request] = other.requests
+        framer, whole = Dialect(), WholeDialect()
+        self.dialect = framer if stream else whole
         self.response = (
-            EventStream(request, self.clock, 60.0, Dialect(), tip=lambda: tip, patience=5.0)
+            EventStream(request, self.clock, 60.0, framer, tip=lambda: tip, patience=5.0)
             if stream
-            else WholeAnswer(request, self.clock, 60.0, WholeDialect(), tip=lambda: tip)
+            else WholeAnswer(request, self.clock, 60.0, whole, tip=lambda: tip)
         )
         self.response.run(lambda: self.turn)
 
@@ -416,7 +425,7 @@ def test_patience_counts_from_the_turns_start_and_sends_the_head_alone() -> None
     world = OtherWorld()
     world.clock.advance(60)
     assert world.connection.received == b""
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.response.turn_events([INIT])
     world.clock.advance(4.9)
     assert world.connection.received == b""
@@ -432,9 +441,9 @@ def test_patience_counts_from_the_turns_start_and_sends_the_head_alone() -> None
 
 def test_a_turn_that_is_planned_anew_does_not_wait_anew() -> None:
     world = OtherWorld()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.clock.advance(3)
-    world.response.turn_planned("bbbbbbbb-0000-4000-8000-000000000000")
+    world.response.turn_planned("bbbbbbbb-0000-4000-8000-000000000000", None, {})
     world.clock.advance(2)
     assert world.answer.body == b"[open]"
     assert world.answer.headers["x-claude-session-id"].startswith("bbbb")
@@ -442,7 +451,7 @@ def test_a_turn_that_is_planned_anew_does_not_wait_anew() -> None:
 
 def test_patience_is_not_needed_once_there_is_something_to_tell() -> None:
     world = OtherWorld()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.response.turn_events([TEXT])
     world.clock.advance(10)
     assert world.answer.body == b"[events]"
@@ -450,7 +459,7 @@ def test_patience_is_not_needed_once_there_is_something_to_tell() -> None:
 
 def test_a_failure_within_the_patience_has_its_true_status() -> None:
     world = OtherWorld()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.clock.advance(4)
     world.response.turn_ended(failure(Failure.RATE_LIMIT_EXCEEDED, result=FAILED_RESULT))
     assert world.answer.status == 429
@@ -459,7 +468,7 @@ def test_a_failure_within_the_patience_has_its_true_status() -> None:
 
 def test_a_client_that_leaves_within_the_patience_leaves_no_timer() -> None:
     world = OtherWorld()
-    world.response.turn_planned(SESSION)
+    world.response.turn_planned(SESSION, None, {})
     world.connection.lose()
     world.response.turn_ended(Outcome(OutcomeKind.ABANDONED, result=RESULT))
     assert world.is_over()
@@ -519,3 +528,10 @@ def test_without_a_tip_nothing_is_remembered() -> None:
 def test_both_native_dialects_fit() -> None:
     verifyObject(IFramer, NativeStream(partial_messages=False))
     verifyObject(IWholeAnswer, NativeAnswer())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_dialect_learns_what_its_turn_runs_on(stream: bool) -> None:
+    world = OtherWorld(stream=stream)
+    world.response.turn_planned(SESSION, "w", {"allowed-tools": ["Bash"]})
+    assert world.dialect.plan == ("w", {"allowed-tools": ["Bash"]})

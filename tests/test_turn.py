@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import pytest
@@ -47,7 +47,9 @@ class Observer:
         self.batches: list[list[str]] = []
         self.then: Callable[[], object] = lambda: None
 
-    def turn_planned(self, session_id: str | None) -> None:
+    def turn_planned(
+        self, session_id: str | None, workspace: str | None, parameters: Mapping[str, object]
+    ) -> None:
         raise AssertionError("a turn does not plan itself")
 
     def turn_events(self, events: list[Event]) -> None:

@@ -9,7 +9,6 @@ session, and where there is none, from the parameters at the top of earlier mess
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -114,7 +113,6 @@ class ChatRequest:
     @ivar message_count: how many messages there are.
     @ivar prompt_characters: how much text is new.
     @ivar tip_source: all messages, for the fingerprint of the conversation with its answer.
-    @ivar shown: the parameters in force, as far as the request says them.
     @ivar fields: how the turn is to be run.
     @ivar inherit: names of the parameters that are not given.
     @ivar json_schema: what the answer must be, for `bare_json`.
@@ -131,7 +129,6 @@ class ChatRequest:
     message_count: int
     prompt_characters: int
     tip_source: tuple[tuple[str, object], ...] = field(repr=False)
-    shown: Mapping[str, object]
     fields: TurnFields
     inherit: frozenset[str]
     json_schema: dict[str, Any] | None = field(repr=False)
@@ -177,7 +174,6 @@ def decode_request(
         message_count=len(told.said),
         prompt_characters=sum(len(block.get("text", "")) for block in told.content),
         tip_source=told.said,
-        shown=_shown(_with_earlier(given, told.earlier, inherit)),
         fields=overridden(TurnFields(effort=effort), given),
         inherit=inherit,
         json_schema=form.json_schema,
@@ -278,12 +274,3 @@ def _with_earlier(fields: TurnFields, earlier: TurnFields, inherit: frozenset[st
         inherit = inherit - {"dangerously-skip-permissions"}  # two words for one matter
     kept = {_attribute(name): getattr(earlier, _attribute(name)) for name in inherit}
     return msgspec.structs.replace(fields, **kept)
-
-
-def _shown(fields: TurnFields) -> Mapping[str, object]:
-    given: dict[str, object] = {name: getattr(fields, _attribute(name)) for name in INHERITED}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in given.items()
-        if value is not None
-    }

@@ -32,6 +32,14 @@ LONGEST_REMEMBERED = 1 << 20
 LONGEST_WHOLE = 64 << 20
 """Characters, reasoning among them, of an answer that is not streamed."""
 
+_SHOWN = (
+    "dangerously-skip-permissions",
+    "allowed-tools",
+    "disallowed-tools",
+    "mcp-allowed-tools",
+)
+"""Parameters that the top of a next message could set, in the order of an older server."""
+
 _FINISH_REASONS = {
     OutcomeKind.SUCCESS: "stop",
     OutcomeKind.LIMIT: "length",
@@ -51,8 +59,6 @@ class _Chat:
         include_usage: bool,
         bare_json: BareJson | None,
         activity: Activity,
-        shown: Mapping[str, object],
-        workspace: str | None = None,
     ) -> None:
         """
         @param completion_id: names the completion, in each of its chunks.
@@ -62,22 +68,27 @@ class _Chat:
         @param bare_json: the content is one JSON value, as `AnswerReader` finds it.
         @param activity: where thinking and tool activity go: to fields of their own, into the
             content between C{<thinking>} tags, or nowhere.
-        @param shown: parameters to show at the top of the content if the activity goes there.
-        @param workspace: name of the workspace, or None for the shared one.
         """
         self._completion_id = completion_id
         self._created = created
         self._model = model
         self._include_usage = include_usage
-        self._workspace = workspace
+        self._workspace: str | None = None
         self._reader = AnswerReader(bare_json)
         self._drops_reasoning = activity == "none"
         self._inline: InlineActivity | None = None
         if activity == "content" and bare_json is None:
-            self._inline = InlineActivity({"workspace": workspace, **shown})
+            self._inline = InlineActivity()
         self._answer: list[str] = []
         self._answer_length = 0
         self._complete = False
+
+    def planned(self, workspace: str | None, parameters: Mapping[str, object]) -> None:
+        """Learn where the turn runs, and which parameters are in force."""
+        self._workspace = workspace
+        if self._inline is not None:
+            shown = {name: parameters[name] for name in _SHOWN if name in parameters}
+            self._inline.shown = {"workspace": workspace, **shown}
 
     @property
     def answer_text(self) -> str | None:

@@ -22,14 +22,12 @@ class InlineActivity:
     Makes one text of a turn's pieces.
 
     @ivar session_id: the session's id, once it is known.
+    @ivar shown: parameters to show, in this order; those that are None are left out.
     """
 
-    def __init__(self, shown: Mapping[str, object]) -> None:
-        """
-        @param shown: parameters to show, in this order; those that are None are left out.
-        """
+    def __init__(self) -> None:
         self.session_id: str | None = None
-        self._shown = shown
+        self.shown: Mapping[str, object] = {}
         self._begun = False
         self._is_inside = False
         self._has_text = False
@@ -59,7 +57,7 @@ class InlineActivity:
         self._begun = True
         lines = [
             f"{name}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}\n"
-            for name, value in {"session-id": self.session_id, **self._shown}.items()
+            for name, value in {"session-id": self.session_id, **self.shown}.items()
             if value is not None
         ]
         return "".join(lines) + "\n" if lines else ""

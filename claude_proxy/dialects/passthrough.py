@@ -6,6 +6,7 @@ They are told as a one-shot run of the CLI would have shown them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -39,6 +40,9 @@ class NativeStream:
         @param partial_messages: the client asked for them.
         """
         self._partial_messages = partial_messages
+
+    def planned(self, workspace: str | None, parameters: Mapping[str, object]) -> None:
+        """It is in the events."""
 
     def open(self) -> bytes:
         return b""
@@ -84,6 +88,9 @@ class NativeStream:
 @implementer(IWholeAnswer)
 class NativeAnswer:
     """The ``result`` event alone, for a client that did not want a stream."""
+
+    def planned(self, workspace: str | None, parameters: Mapping[str, object]) -> None:
+        """It is not told."""
 
     def events(self, events: list[Event]) -> None:
         """Nothing but the result is told."""

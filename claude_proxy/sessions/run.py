@@ -171,7 +171,7 @@ class Run:
     ) -> bool:
         around, request = self._context, self._request
         self.session_id = plan.session_id
-        self._observer.turn_planned(plan.session_id)
+        self._observer.turn_planned(plan.session_id, plan.workspace, request.parameters)
         directory = await around.in_thread(around.workspaces.open, plan.workspace)
         around.book.planned(plan, request)
         key = command.LaunchKey(

@@ -155,7 +155,7 @@ class Api:
             received=received,
         )
         self._log_chat(request, asked, turn, len(body))
-        response = self._chat_response(request, asked, turn)
+        response = self._chat_response(request, asked)
         response.run(lambda: self._executor.run(turn, response))
         await response.outlet.closed
 
@@ -184,7 +184,7 @@ class Api:
             )
 
     def _chat_response(
-        self, request: ProxyRequest, asked: chat.ChatRequest, turn: TurnRequest
+        self, request: ProxyRequest, asked: chat.ChatRequest
     ) -> EventStream | WholeAnswer:
         form: dict[str, Any] = {
             "completion_id": f"chatcmpl-{uuid4().hex}",
@@ -193,8 +193,6 @@ class Api:
             "include_usage": asked.include_usage,
             "bare_json": asked.bare_json,
             "activity": self._chat_rules.activity,
-            "shown": asked.shown,
-            "workspace": turn.workspace,
         }
         answer = ChatStream(**form) if asked.stream else ChatAnswer(**form)
 

@@ -7,7 +7,7 @@ status; after it a failure is a last event of the stream.  A client's leaving st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
@@ -44,6 +44,7 @@ class _Response:
         request: ProxyRequest,
         clock: IReactorTime,
         stall_timeout: float,
+        dialect: IFramer | IWholeAnswer,
         tip: Callable[[], str | None] = _no_tip,
     ) -> None:
         """
@@ -52,6 +53,7 @@ class _Response:
         """
         self.request = request
         self.clock = clock
+        self._dialect = dialect
         self._tip = tip
         self._turn: IRunningTurn | None = None
         self._session_id: str | None = None
@@ -71,8 +73,11 @@ class _Response:
         except ProxyError as error:
             self._refuse(error)
 
-    def turn_planned(self, session_id: str | None) -> None:
+    def turn_planned(
+        self, session_id: str | None, workspace: str | None, parameters: Mapping[str, object]
+    ) -> None:
         self._session_id = session_id
+        self._dialect.planned(workspace, parameters)
 
     def _set_session_header(self, session_id: str | None) -> None:
         if session_id is not None:
@@ -129,7 +134,7 @@ class EventStream(_Response):
         @param patience: seconds from the turn's start after which the head is sent though there is
             nothing to tell yet; None to wait as long as it takes.
         """
-        super().__init__(request, clock, stall_timeout, tip)
+        super().__init__(request, clock, stall_timeout, framer, tip)
         self._framer = framer
         self._patience = patience
         self._head_sent = False
@@ -137,8 +142,10 @@ class EventStream(_Response):
         self._head_timer: IDelayedCall | None = None
         self._heartbeat_timer: IDelayedCall | None = None
 
-    def turn_planned(self, session_id: str | None) -> None:
-        super().turn_planned(session_id)
+    def turn_planned(
+        self, session_id: str | None, workspace: str | None, parameters: Mapping[str, object]
+    ) -> None:
+        super().turn_planned(session_id, workspace, parameters)
         if self._patience is not None and self._head_timer is None:
             self._head_timer = self.clock.callLater(self._patience, self._out_of_patience)
 
@@ -218,7 +225,7 @@ class WholeAnswer(_Response):
         *,
         tip: Callable[[], str | None] = _no_tip,
     ) -> None:
-        super().__init__(request, clock, stall_timeout, tip)
+        super().__init__(request, clock, stall_timeout, answer, tip)
         self._answer = answer
 
     def turn_events(self, events: list[Event]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +42,9 @@ class Observer:
     def __init__(self) -> None:
         self.ended: Deferred[Outcome] = Deferred()
 
-    def turn_planned(self, session_id: str | None) -> None:
+    def turn_planned(
+        self, session_id: str | None, workspace: str | None, parameters: Mapping[str, object]
+    ) -> None:
         """Only the outcome counts."""
 
     def turn_events(self, events: list[Event]) -> None:
