@@ -535,3 +535,30 @@ def test_the_dialect_learns_what_its_turn_runs_on(stream: bool) -> None:
     world = OtherWorld(stream=stream)
     world.response.turn_planned(SESSION, "w", {"allowed-tools": ["Bash"]})
     assert world.dialect.plan == ("w", {"allowed-tools": ["Bash"]})
+
+
+TOOL_RESULT = event(type="user", message={"content": [{"type": "tool_result"}]})
+REPLAY = event(type="user", message={"content": "hello"}, isReplay=True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("events", "code", "expected"),
+    [
+        ([INIT, REPLAY], Failure.UPSTREAM_OVERLOADED, None),
+        ([INIT, TOOL_RESULT], Failure.UPSTREAM_OVERLOADED, "false"),
+        ([INIT, TOOL_RESULT], Failure.CLI_FAILED, "false"),
+        ([INIT], Failure.TURN_TIMEOUT, "false"),
+        ([], Failure.INACTIVITY_TIMEOUT, "false"),
+        ([], Failure.SERVER_BUSY, None),
+    ],
+)
+def test_clients_are_told_not_to_repeat_what_was_done(
+    stream: bool, events: list[Event], code: Failure, expected: str | None
+) -> None:
+    world = OtherWorld(stream=stream)
+    if events:
+        world.response.turn_events(events)
+    world.response.turn_ended(failure(code))
+    assert world.answer.status == code.status
+    assert world.answer.headers.get("x-should-retry") == expected

@@ -16,7 +16,7 @@ from zope.interface import implementer
 from claude_proxy import __version__
 from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Outcome
-from claude_proxy.errors import ProxyError
+from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IFramer, IRunningTurn, ITurnObserver, IWholeAnswer
 from claude_proxy.web.outlet import Outlet
 from claude_proxy.web.site import ProxyRequest, prepare_error, prepare_json
@@ -25,6 +25,8 @@ __all__ = ["EventStream", "WholeAnswer"]
 
 HEARTBEAT = 15.0
 """Seconds of silence after which a sign of life is sent: proxies cut what is silent for 60."""
+
+_TIMEOUTS = (Failure.TURN_TIMEOUT, Failure.INACTIVITY_TIMEOUT)
 
 _SESSION_HEADER = b"X-Claude-Session-Id"
 
@@ -57,6 +59,7 @@ class _Response:
         self._tip = tip
         self._turn: IRunningTurn | None = None
         self._session_id: str | None = None
+        self._agent_acted = False
         self.outlet = Outlet(
             request,
             clock,
@@ -92,8 +95,16 @@ class _Response:
     def _refuse(self, error: ProxyError) -> None:
         """The head is unsent: the failure gets its true status."""
         self._set_session_header(self._session_id)
+        if self._agent_acted or error.failure in _TIMEOUTS:
+            # The SDKs would repeat by themselves what took an hour, or what changed files.
+            self.request.setHeader(b"X-Should-Retry", b"false")
         self.outlet.write(prepare_error(self.request, error))
         self.outlet.finish()
+
+    def _watch(self, events: list[Event]) -> None:
+        """See whether the agent has done something that a second turn would do again."""
+        if not self._agent_acted:
+            self._agent_acted = any(e.type == "user" and not e.is_replay for e in events)
 
     def _give_up(self, error: ProxyError) -> None:
         """What has come cannot be told truthfully: end the turn, which tells the client why."""
@@ -150,6 +161,8 @@ class EventStream(_Response):
             self._head_timer = self.clock.callLater(self._patience, self._out_of_patience)
 
     def turn_events(self, events: list[Event]) -> None:
+        if not self._head_sent:
+            self._watch(events)
         try:
             frames = self._framer.events(events)
         except ProxyError as error:
@@ -229,6 +242,7 @@ class WholeAnswer(_Response):
         self._answer = answer
 
     def turn_events(self, events: list[Event]) -> None:
+        self._watch(events)
         try:
             self._answer.events(events)
         except ProxyError as error:
