@@ -15,7 +15,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from claude_proxy.dialects.fields import TurnFields
 from claude_proxy.dialects.native import NativeRequest
+from claude_proxy.dialects.sampling import IGNORED_FIELDS, REFUSED_FIELDS, USED_FIELDS
 from claude_proxy.errors import Failure
 from claude_proxy.settings import SETTINGS
 from claude_proxy.tap import Options
@@ -41,9 +43,11 @@ _NOT_OURS = {
     "CLAUDE_CODE_USE_VERTEX",
     "CLAUDE_CONFIG_DIR",
     "CLOUD_ML_REGION",
+    "ENABLE_FORWARD_USER_INFO_HEADERS",
     "GOOGLE_APPLICATION_CREDENTIALS",
     "HTTPS_PROXY",
     "IS_SANDBOX",
+    "LIBRECHAT_BODY_CONVERSATIONID",
     "STATE_DIRECTORY",
     "TICKETS_TOKEN",
     "XDG_STATE_HOME",
@@ -152,6 +156,10 @@ def test_an_example_works(block: _Block, request: pytest.FixtureRequest, tmp_pat
     answers = (tmp_path / "answers").read_text(encoding="utf-8")
     turns = block.text.count(f"{_URL}/api/claude")
     assert answers.count('"type":"result","subtype":"success","is_error":false') == turns
+    chats = block.text.count(f"{_URL}/v1/chat/completions")
+    assert answers.count('"finish_reason":"stop"') == chats
+    models = block.text.count(f"{_URL}/v1/models")
+    assert answers.count('{"object":"list","data":[{"id":"claude-code"') == models
     assert answers.count('"status":"degraded","timestamp"') == block.text.count(f"{_URL}/health")
 
 
@@ -214,6 +222,30 @@ def test_no_page_uses_an_unknown_flag(page: Path) -> None:
 def test_every_field_is_documented() -> None:
     documented = [_code(row[0])[0] for row in _rows(_ROOT / "docs" / "api.md", "### Fields")]
     assert sorted(documented) == sorted(_FIELDS)
+
+
+def test_every_field_of_a_chat_without_effect_is_documented() -> None:
+    rows = _rows(_ROOT / "docs" / "openai.md", "### Fields without effect")
+    documented = [name for row in rows for name in _code(row[0])]
+    assert sorted(documented) == sorted(IGNORED_FIELDS)
+
+
+def test_every_field_of_a_chat_that_is_refused_is_documented() -> None:
+    rows = _rows(_ROOT / "docs" / "openai.md", "### Fields that are refused")
+    assert {_code(row[0])[0]: row[1] for row in rows} == REFUSED_FIELDS
+
+
+def test_every_field_of_a_chat_that_counts_is_documented() -> None:
+    rows = _rows(_ROOT / "docs" / "openai.md", "### Fields that count")
+    documented = {name.partition(".")[0] for row in rows for name in _code(row[0])}
+    assert documented == set(USED_FIELDS)
+
+
+def test_every_field_of_the_claude_object_is_documented() -> None:
+    text = (_ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+    section = text.partition("### The `claude` object\n")[2].partition("```")[0]
+    fields = [info.encode_name for info in msgspec.structs.fields(TurnFields)]
+    assert [field for field in fields if f"`{field}`" not in section] == []
 
 
 def test_every_error_is_documented_as_it_is() -> None:
@@ -296,9 +328,28 @@ def test_the_readme_links_every_page() -> None:
     assert [page for page in pages if f"]({page})" not in text] == []
 
 
-def test_every_bad_day_names_tests_that_exist() -> None:
-    for row in _rows(_ROOT / "docs" / "reliability.md"):
-        named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", row[-1])
+# The tables whose rows are tests.
+
+
+def _tested_rows(page: Path) -> list[list[str]]:
+    """The body rows of the tables whose last column names tests."""
+    rows, in_table = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        in_table = line.endswith("| test |") or (in_table and line.startswith("| "))
+        if in_table and not line.endswith(("| test |", "| --- |")):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+@pytest.mark.parametrize(("name", "least"), [("reliability.md", 80), ("outcomes.md", 40)])
+def test_every_row_names_tests_that_exist(name: str, least: int) -> None:
+    rows = _tested_rows(_ROOT / "docs" / name)
+    assert len(rows) > least
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", row[-1])
         assert named, row[0]
-        for file, test in named:
+        file = ""
+        for named_file, test in named:
+            # A name without a file is in the file that was named before it.
+            file = named_file or file
             assert re.search(rf"def {test}\(", (_ROOT / file).read_text(encoding="utf-8")), test

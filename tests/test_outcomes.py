@@ -287,10 +287,10 @@ def test_only_a_rate_limit_says_when_to_come_back() -> None:
                 stop_reason="tool_use",
                 errors=["Failed to provide valid structured output after 5 attempts"],
             ),
-            Failure.CLI_FAILED,
+            Failure.UPSTREAM_ERROR,
             (
-                "The Claude CLI could not finish the turn: Failed to provide valid structured "
-                "output after 5 attempts"
+                "The model gave no answer that fits the JSON schema. Ask again, or ask for less. "
+                "The CLI said: Failed to provide valid structured output after 5 attempts"
             ),
         ),
         (
@@ -310,7 +310,7 @@ def test_only_a_rate_limit_says_when_to_come_back() -> None:
         ),
     ],
 )
-def test_other_ends_are_failures_of_the_cli(
+def test_other_ends_are_failures_with_what_the_cli_said(
     fields: dict[str, Any], failure: Failure, message: str
 ) -> None:
     outcome = judged(fields)

@@ -121,6 +121,8 @@ _NO_ROOT = "cannot be used with root"
 
 _NO_CONVERSATION = "No conversation found with session ID"
 
+_NOTHING_FITS = "The model gave no answer that fits the JSON schema. Ask again, or ask for less."
+
 
 def outcome_of_result(event: Event, *, refused: bool, retry_after: int | None) -> Outcome:
     """
@@ -157,6 +159,9 @@ def _judge(
         return OutcomeKind.FAILURE, _upstream_error(fields, prose, retry_after)
     if _NO_CONVERSATION in prose:
         return OutcomeKind.FAILURE, ProxyError(Failure.SESSION_NOT_FOUND)
+    if subtype == "error_max_structured_output_retries":
+        message = f"{_NOTHING_FITS} The CLI said: {prose}" if prose else _NOTHING_FITS
+        return OutcomeKind.FAILURE, ProxyError(Failure.UPSTREAM_ERROR, message)
     said = prose or f"it reported {subtype}"
     message = f"The Claude CLI could not finish the turn: {said}"
     return OutcomeKind.FAILURE, ProxyError(Failure.CLI_FAILED, message)

@@ -104,7 +104,10 @@ def answer_to(
     answer = Answer(conversation.model)
     for directive in steps[done] if done < len(steps) else []:
         if directive.name == "error":
-            _error(answer, directive.argument, failures)
+            _error(answer, directive.argument, failures, again=conversation.is_repetition)
+        elif directive.name == "again":
+            if conversation.is_repetition:
+                answer.parts = [_text(directive.argument)]
         elif directive.name in _SETTINGS:
             _SETTINGS[directive.name](answer, directive.argument)
         else:
@@ -124,7 +127,7 @@ def _default(conversation: Conversation) -> str:
     return f"You said: {conversation.user_texts[-1] if conversation.user_texts else ''}"
 
 
-def _error(answer: Answer, argument: str, failures: int) -> None:
+def _error(answer: Answer, argument: str, failures: int, *, again: bool) -> None:
     status, *options = argument.split()
     headers: dict[str, str] = {}
     for option in options:
@@ -134,6 +137,9 @@ def _error(answer: Answer, argument: str, failures: int) -> None:
                 return
         elif key == "model":
             if value not in answer.model:
+                return
+        elif option == "again":
+            if not again:
                 return
         elif key == "retry-after":
             headers["retry-after"] = value

@@ -97,6 +97,11 @@ class Conversation:
         results.sort(key=lambda result: order.get(str(result.get("tool_use_id")), 0))
         return [" ".join(_texts(result)) for result in results]
 
+    @property
+    def is_repetition(self) -> bool:
+        """Whether this repeats a request whose stream has broken: that is what does not stream."""
+        return not self.body.get("stream")
+
     @cached_property
     def key(self) -> str:
         """

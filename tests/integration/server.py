@@ -46,9 +46,10 @@ SESSION = OPTIONS.get("--session-id") or OPTIONS.get("--resume")
 
 def tell(name, text):
     """Let the test know something."""
-    with open(os.path.join(FOLDER, name + ".new"), "w") as file:
+    fresh = os.path.join(FOLDER, "%s.%d.new" % (name, os.getpid()))
+    with open(fresh, "w") as file:
         file.write(str(text))
-    os.replace(os.path.join(FOLDER, name + ".new"), os.path.join(FOLDER, name))
+    os.replace(fresh, os.path.join(FOLDER, name))
 
 
 def append(name, text):
