@@ -38,18 +38,32 @@ setup(
         "zope.interface>=7",
     ],
     extras_require={
+        # Clients whose users this server must satisfy: the end-to-end tests talk to it with them.
+        "clients": [
+            "langchain-openai>=1.1",
+            "openai>=3",
+            "pydantic>=2.10",
+        ],
+        # Apart from the others, because it needs an older openai, and pinned, because releases of
+        # it have been malicious.
+        "litellm": [
+            "litellm==1.106.2",
+        ],
         "dev": [
             "build>=1.2",
             "httpx>=0.28",
             "httpx-sse>=0.4",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "mypy>=1.15",
             "mypy-zope>=1.0.13",
+            "openai>=2",
             "pytest>=8",
             "pytest-twisted>=1.14.3",
             "ruff>=0.9",
             "towncrier>=24.8",
             "treq>=24.9.1",
+            "types-jsonschema>=4.20",
             "watchfiles>=1.0",
         ],
     },
