@@ -41,7 +41,7 @@ setup(
         # Clients whose users this server must satisfy: the end-to-end tests talk to it with them.
         "clients": [
             "langchain-openai>=1.1",
-            "openai>=3",
+            "openai>=2",
             "pydantic>=2.10",
         ],
         # Apart from the others, because it needs an older openai, and pinned, because releases of
