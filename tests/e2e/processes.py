@@ -49,7 +49,7 @@ def processes_with_env(marker: str) -> list[int]:
     return sorted(found)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
     """
     Wait for something that only polling can tell.
 
