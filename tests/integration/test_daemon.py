@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -307,24 +306,18 @@ def test_a_public_server_without_keys_is_warned_about(tmp_path: Path) -> None:
 
 
 def test_the_key_is_in_no_log_and_in_no_childs_environment(tmp_path: Path) -> None:
-    environments: list[str] = []
     with Demo(tmp_path, API_KEY=KEY, HOST="127.0.0.1", **SLOW) as daemon:
         bearer = {"Authorization": f"Bearer {KEY}"}
-        with daemon.client(headers=bearer) as client:
-            seen = threading.Event()
-
-            def look() -> None:
-                seen.wait(10)
-                for pid in children_of(daemon.pid):
-                    environ = Path(f"/proc/{pid}/environ").read_bytes().decode()
-                    environments.append(environ)
-
-            looking = threading.Thread(target=look)
-            looking.start()
-            with client.stream("POST", "/api/claude", json={"prompt": "hi"}) as response:
-                next(sse_events(response))
-                seen.set()
-                looking.join()
+        with (
+            daemon.client(headers=bearer) as client,
+            client.stream("POST", "/api/claude", json={"prompt": "hi"}) as response,
+        ):
+            events = sse_events(response)  # kept: when it goes, the client leaves
+            next(events)
+            environments = [
+                Path(f"/proc/{pid}/environ").read_bytes().decode()
+                for pid in children_of(daemon.pid)
+            ]
         with daemon.client() as client:
             refused = client.get("/x", headers={"Authorization": f"Bearer x{KEY}"})
         assert refused.status_code == 401
