@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
-from twisted.python.failure import Failure as TwistedFailure
 
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.leases import Lease, Leases
+from claude_proxy.sessions.waiting import WaitingRoom
 from tests.support import result_of
 
 TIMEOUT = 30.0
@@ -20,7 +16,7 @@ TIMEOUT = 30.0
 
 def make(queue_length: int = 64) -> tuple[Leases, Clock]:
     clock = Clock()
-    return Leases(clock, queue_length=queue_length, queue_timeout=TIMEOUT), clock
+    return Leases(clock, waiting_room=WaitingRoom(queue_length, TIMEOUT)), clock
 
 
 def acquired(leases: Leases, key: str) -> Lease:
@@ -81,6 +77,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     error = error_of(leases.acquire("a"))
     assert error.failure is Failure.SERVER_BUSY
     assert error.retry_after == 30
+    assert "1 more request waiting for it" in error.message
+    assert "2 of at most 2 requests are waiting" in error.message
+    assert error.message.endswith("Try again in 30 seconds.")
     assert leases.waiting == 2
     second.release()
     result_of(waiting).release()
@@ -105,9 +104,26 @@ def test_patience_ends_with_a_409_that_says_how_long_it_was() -> None:
     error = error_of(waiting)
     assert error.failure is Failure.SESSION_BUSY
     assert "30 seconds" in error.message
+    assert "was the next" in error.message
     assert (leases.held, leases.waiting) == (1, 0)
     holder.release()
     assert leases.held == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [(1, "with 1 request in line before this one"), (3, "with 3 requests in line before")],
+)
+def test_a_409_says_how_many_wait_before(before: int, words: str) -> None:
+    leases, clock = make()
+    acquired(leases, "a")
+    clock.advance(1)
+    for _ in range(before):
+        leases.acquire("a")
+    impatient = leases.acquire("a", TIMEOUT - 1)
+    leases.acquire("a")
+    clock.advance(TIMEOUT - 1)
+    assert words in error_of(impatient).message
 
 
 def test_each_has_a_patience_of_its_own() -> None:
@@ -187,115 +203,35 @@ def test_a_key_is_claimed_once() -> None:
     assert not leases.claim("a")
 
 
-@dataclass
-class Client:
-    """One who asked for a key: what became of it."""
-
-    key: str
-    answer: Deferred[Lease]
-    lease: Lease | None = None
-    failure: TwistedFailure | None = None
-    released: bool = False
-    extra: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.answer.addCallbacks(self.granted, self.failed)
-
-    def granted(self, lease: Lease) -> None:
-        assert self.lease is None
-        self.lease = lease
-
-    def failed(self, failure: TwistedFailure) -> None:
-        assert self.failure is None
-        self.failure = failure
-
-    @property
-    def holds(self) -> bool:
-        return self.lease is not None and not self.released
-
-    @property
-    def waits(self) -> bool:
-        return self.lease is None and self.failure is None
-
-    @property
-    def keys(self) -> set[str]:
-        return {self.key, *self.extra} if self.holds else set()
+def test_a_released_lease_takes_no_further_key() -> None:
+    leases, _ = make()
+    late = acquired(leases, "a")
+    late.release()
+    late.add_key("b")
+    assert leases.held == 0, "nobody would ever give it back"
 
 
-KEYS = st.sampled_from("abc")
-OPERATIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("acquire"), KEYS),
-        st.tuples(st.just("acquire"), KEYS),
-        st.tuples(st.sampled_from(["release", "cancel"]), st.integers(0, 30)),
-        st.tuples(st.just("add"), st.integers(0, 30), KEYS),
-        st.tuples(st.just("wait"), st.floats(0.1, 20)),
-    ),
-    max_size=60,
-)
+def test_what_is_left_of_a_patience_is_enough_or_not() -> None:
+    leases, clock = make()
+    holder = acquired(leases, "a")
+    short, none, whole = leases.acquire("a", 5), leases.acquire("a", -1), leases.acquire("a")
+    clock.advance(0)
+    assert error_of(none).failure is Failure.SESSION_BUSY
+    clock.advance(5)
+    assert error_of(short).failure is Failure.SESSION_BUSY
+    holder.release()
+    assert result_of(whole).waited
 
 
-class World:
-    """Many clients of few keys, and what must hold of them at any moment."""
-
-    def __init__(self) -> None:
-        self.leases, self.clock = make(queue_length=5)
-        self.clients: list[Client] = []
-
-    def act(self, name: object, *values: object) -> None:
-        if name == "acquire":
-            key = str(values[0])
-            self.clients.append(Client(key, self.leases.acquire(key)))
-        elif name == "wait":
-            self.clock.advance(float(str(values[0])))
-        elif self.clients:
-            client = self.clients[int(str(values[0])) % len(self.clients)]
-            if name == "cancel":
-                client.answer.cancel()
-            elif name == "release":
-                self.release(client)
-            elif client.holds:
-                self.add_key(client, str(values[1]))
-
-    def release(self, client: Client) -> None:
-        """Release, once or again; the first in line for its key must have it then."""
-        if client.lease is None:
-            return
-        held = client.keys
-        in_line = [
-            next((c for c in self.clients if c.waits and c.key == key), None) for key in held
-        ]
-        client.released = True
-        client.lease.release()
-        assert all(waiter.holds for waiter in in_line if waiter), "one was passed over"
-
-    def add_key(self, client: Client, key: str) -> None:
-        assert client.lease is not None
-        if not any(key in other.keys for other in self.clients):
-            client.extra.add(key)
-        client.lease.add_key(key)
-
-    def check(self) -> None:
-        held = [key for client in self.clients for key in client.keys]
-        assert len(held) == len(set(held)), "two hold one key"
-        assert self.leases.held == len(held)
-        assert self.leases.waiting == sum(client.waits for client in self.clients)
-        # Everybody who waits has somebody to wait for, and no timer is left over.
-        assert {client.key for client in self.clients if client.waits} <= set(held)
-        assert len(self.clock.getDelayedCalls()) == self.leases.waiting
-
-
-@given(OPERATIONS)
-def test_no_interleaving_gives_a_key_to_two_or_loses_a_lease(
-    operations: list[tuple[object, ...]],
-) -> None:
-    world = World()
-    for operation in operations:
-        world.act(*operation)
-        world.check()
-    while holders := [client for client in world.clients if client.holds]:
-        world.release(holders[0])
-        world.check()
-    assert (world.leases.held, world.leases.waiting) == (0, 0)
-    for client in world.clients:
-        assert (client.lease is None) != (client.failure is None)
+def test_who_comes_back_at_once_when_patience_ends_waits_at_the_end() -> None:
+    leases, clock = make(queue_length=2)
+    holder = acquired(leases, "a")
+    again: list[Deferred[Lease]] = []
+    leases.acquire("a").addErrback(lambda _: again.append(leases.acquire("a")))
+    clock.advance(1)
+    other = leases.acquire("a")
+    clock.advance(TIMEOUT - 1)
+    assert leases.waiting == 2
+    holder.release()
+    result_of(other).release()
+    assert result_of(again[0]).waited

@@ -76,9 +76,13 @@ def test_nothing_set_gives_the_defaults() -> None:
         production=False,
         claude_cli=("claude",),
         max_body_bytes=33554432,
+        max_concurrent_turns=16,
         queue_length=64,
         queue_timeout=30.0,
         client_stall_timeout=60.0,
+        live_sessions=4,
+        live_idle=300.0,
+        spare_processes=1,
         drain_timeout=5.0,
         cors_origins=(),
         allow_skip_permissions=True,
@@ -116,9 +120,9 @@ def test_blanks_around_a_value_do_not_count() -> None:
 
 
 def test_the_table_names_each_setting_and_flag_once() -> None:
-    assert len({row.variable for row in SETTINGS}) == len(SETTINGS) == 27
+    assert len({row.variable for row in SETTINGS}) == len(SETTINGS) == 31
     flags = [row.flag for row in SETTINGS if row.flag]
-    assert len(set(flags)) == len(flags) == 24
+    assert len(set(flags)) == len(flags) == 28
     assert {row.variable for row in SETTINGS if row.flag is None} == NO_KEY_FLAGS
 
 
@@ -188,10 +192,14 @@ NUMBERS = [
     ("CLAUDE_INACTIVITY_TIMEOUT_MS", 1, 2_147_483_647),
     ("CLIENT_STALL_TIMEOUT_MS", 1, 2_147_483_647),
     ("PROCESS_KILL_TIMEOUT_MS", 0, 2_147_483_647),
+    ("LIVE_IDLE_MS", 1, 2_147_483_647),
     ("QUEUE_TIMEOUT_MS", 0, 2_147_483_647),
     ("DRAIN_TIMEOUT_MS", 0, 2_147_483_647),
     ("MAX_BODY_BYTES", 1024, 1024**3),
+    ("MAX_CONCURRENT_TURNS", 1, 10_000),
     ("QUEUE_LENGTH", 0, 10_000),
+    ("LIVE_SESSIONS", 0, 10_000),
+    ("SPARE_PROCESSES", 0, 10_000),
 ]
 
 
@@ -241,7 +249,11 @@ def test_all_mistakes_are_reported_in_one_message() -> None:
         "NODE_ENV": "staging",
         "CLAUDE_CLI": "claude 'open",
         "MAX_BODY_BYTES": "1",
+        "MAX_CONCURRENT_TURNS": "0",
         "QUEUE_LENGTH": "many",
+        "LIVE_SESSIONS": "some",
+        "LIVE_IDLE_MS": "5 minutes",
+        "SPARE_PROCESSES": "-1",
         "CORS_ORIGINS": "nonsense",
         "ALLOW_SKIP_PERMISSIONS": "maybe",
         "WORKSPACE_HOOKS": "2",
@@ -606,7 +618,7 @@ def test_what_chats_may_do_is_a_choice() -> None:
 
 
 def test_the_child_inherits_everything_but_our_own() -> None:
-    own = dict.fromkeys(OWN_VARIABLES - {row.variable for row in SETTINGS}, "x")
+    own = {row.variable: row.default for row in SETTINGS if row.default}
     service = dict.fromkeys(
         [
             "NOTIFY_SOCKET",
@@ -619,8 +631,8 @@ def test_the_child_inherits_everything_but_our_own() -> None:
         "/x",
     )
     settings = load(
-        {"PATH": "/bin", "ANTHROPIC_MODEL": "", "BOTH": "environment", "PORT": "1"}
-        | own
+        own
+        | {"PATH": "/bin", "ANTHROPIC_MODEL": "", "BOTH": "environment", "PORT": "1"}
         | service
         | {"API_KEY": "k"},
         dotenv={
@@ -643,10 +655,13 @@ def test_the_child_inherits_everything_but_our_own() -> None:
     }
 
 
-def test_reserved_names_are_our_own_too() -> None:
-    assert {row.variable for row in SETTINGS} < OWN_VARIABLES
-    assert {"LIVE_SESSIONS", "MAX_CONCURRENT_TURNS", "SPARE_PROCESSES"} < OWN_VARIABLES
-    assert not {name for name in OWN_VARIABLES if name.startswith("ANTHROPIC")}
+def test_the_names_of_all_settings_are_our_own_and_no_others() -> None:
+    assert {row.variable for row in SETTINGS} == OWN_VARIABLES
+
+
+def test_what_is_kept_between_turns_can_be_switched_off() -> None:
+    settings = load({"LIVE_SESSIONS": "0", "SPARE_PROCESSES": "0", "LIVE_IDLE_MS": "1500"})
+    assert (settings.live_sessions, settings.spare_processes, settings.live_idle) == (0, 0, 1.5)
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -3,18 +3,29 @@ The lease: the exclusive right to run a turn on a session.
 
 Two processes that resume one session at the same time lose one of its two answers, so a session
 has one writer.  Whoever comes second waits, in order, for a bounded time and in bounded number.
+
+A key is in one of three states, and each of its ways is taken in one place:
+
+=======  =====================  ===========================  =======================
+key      somebody asks          its lease is released        the last waiter leaves
+=======  =====================  ===========================  =======================
+free     held                   (there is none)              (there is none)
+held     awaited                free                         (there is none)
+awaited  awaited (or refused,   held, or awaited if others   held
+         if the room is full)   wait: by the first in line
+=======  =====================  ===========================  =======================
+
+`waiting.py` has the table of those who wait.  A lease itself is held until it is released, and
+nothing that comes later brings it back.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from contextlib import suppress
-
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IReactorTime
 
 from claude_proxy.errors import Failure, ProxyError
+from claude_proxy.sessions.waiting import Line, WaitingRoom, counted
 
 __all__ = ["Lease", "Leases"]
 
@@ -32,8 +43,13 @@ class Lease:
         self._keys = [key]
 
     def add_key(self, key: str) -> None:
-        """Hold this key as well: a session got its name while its first turn was running."""
-        if key not in self._keys and self._leases.claim(key):
+        """
+        Hold this key as well: a session got its name while its first turn was running.
+
+        Nothing happens if another holds that key, or if this lease has been released.
+        """
+        # Who holds nothing any more would never give back what they got now.
+        if self._keys and key not in self._keys and self._leases.claim(key):
             self._keys.append(key)
 
     def release(self) -> None:
@@ -43,27 +59,13 @@ class Lease:
             self._leases.pass_on(key)
 
 
-class _Waiter:
-    """Somebody who waits for one key."""
-
-    def __init__(self) -> None:
-        self.granted: Deferred[Lease]
-        self.patience_timer: IDelayedCall | None = None
-
-
 class Leases:
     """All leases of the server."""
 
-    def __init__(self, clock: IReactorTime, *, queue_length: int, queue_timeout: float) -> None:
-        """
-        @param queue_length: how many may wait, over all sessions.
-        @param queue_timeout: seconds that each may wait.
-        """
+    def __init__(self, clock: IReactorTime, *, waiting_room: WaitingRoom) -> None:
         self._clock = clock
-        self._queue_length = queue_length
-        self._queue_timeout = queue_timeout
-        self._held: dict[str, deque[_Waiter]] = {}
-        self._waiting = 0
+        self._room = waiting_room
+        self._held: dict[str, Line[Lease]] = {}
 
     @property
     def held(self) -> int:
@@ -72,69 +74,56 @@ class Leases:
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
-        return self._waiting
+        """How many wait for a lease."""
+        return sum(map(len, self._held.values()))
 
     def claim(self, key: str) -> bool:
         """Take a key at once if nobody holds it; say whether that worked."""
         if key in self._held:
             return False
-        self._held[key] = deque()
+        self._held[key] = Line(self._clock, self._room)
         return True
 
-    def acquire(self, key: str) -> Deferred[Lease]:
+    def acquire(self, key: str, patience: float | None = None) -> Deferred[Lease]:
         """
         Get the lease for a key, now or in turn.  Cancelling the Deferred leaves the queue.
 
-        @raise ProxyError: SERVER_BUSY if too many wait already; SESSION_BUSY after the timeout.
+        @param patience: seconds to wait at most; None for all that the waiting room grants.
+        @raise ProxyError: SERVER_BUSY if too many wait already; SESSION_BUSY after the patience.
             Both in the Deferred.
         """
         if self.claim(key):
-            granted: Deferred[Lease] = Deferred()
-            granted.callback(Lease(self, key, waited=False))
-            return granted
-        if self._waiting >= self._queue_length:
-            refused: Deferred[Lease] = Deferred()
-            retry_after = max(1, math.ceil(self._queue_timeout))
-            refused.errback(ProxyError(Failure.SERVER_BUSY, retry_after=retry_after))
-            return refused
-        waiter = _Waiter()
-        waiter.granted = Deferred(lambda _: self._leave(key, waiter))
-        waiter.patience_timer = self._clock.callLater(
-            self._queue_timeout, self._lost_patience, key, waiter
-        )
-        self._held[key].append(waiter)
-        self._waiting += 1
-        return waiter.granted
+            return succeed(Lease(self, key, waited=False))
+        line, room = self._held[key], self._room
+        if room.is_full:
+            return fail(self._refusal(len(line)))
+        return line.join(room.patience if patience is None else patience, self._gave_up)
 
     def pass_on(self, key: str) -> None:
         """Give a key that is free now to the next in line; for `Lease` only."""
-        queue = self._held[key]
-        if not queue:
+        if not self._held[key].serve(lambda: Lease(self, key, waited=True)):
             del self._held[key]
-            return
-        waiter = queue.popleft()
-        self._waiting -= 1
-        _stop_timer(waiter)
-        waiter.granted.callback(Lease(self, key, waited=True))
 
-    def _leave(self, key: str, waiter: _Waiter) -> None:
-        _stop_timer(waiter)
-        with suppress(ValueError):
-            self._held[key].remove(waiter)
-            self._waiting -= 1
-
-    def _lost_patience(self, key: str, waiter: _Waiter) -> None:
-        waiter.patience_timer = None
-        self._leave(key, waiter)
+    def _refusal(self, ahead: int) -> ProxyError:
+        room = self._room
+        advice = room.advice(ahead + 1)
         message = (
-            f"This session was still busy with an earlier turn after {self._queue_timeout:g} "
-            "seconds of waiting. Try again when that one has ended."
+            f"This session is busy with an earlier turn, {counted(ahead, 'more request')} waiting "
+            f"for it, and the queue is full: {room.waiting} of at most {room.length} requests are "
+            f"waiting. Try again in {counted(advice, 'second')}."
         )
-        waiter.granted.errback(ProxyError(Failure.SESSION_BUSY, message))
+        return ProxyError(Failure.SERVER_BUSY, message, retry_after=advice)
 
-
-def _stop_timer(waiter: _Waiter) -> None:
-    if waiter.patience_timer is not None:
-        waiter.patience_timer.cancel()
-        waiter.patience_timer = None
+    def _gave_up(self, ahead: int) -> ProxyError:
+        waited = (
+            f"This session was still busy with an earlier turn after {self._room.patience:g} "
+            "seconds of waiting"
+        )
+        if ahead:
+            message = (
+                f"{waited}, with {counted(ahead, 'request')} in line before this one. Try again "
+                "when they have had their turns."
+            )
+        else:
+            message = f"{waited}, and this request was the next. Try again when that has ended."
+        return ProxyError(Failure.SESSION_BUSY, message)

@@ -67,9 +67,13 @@ class Settings:
     production: bool
     claude_cli: tuple[str, ...]
     max_body_bytes: int
+    max_concurrent_turns: int
     queue_length: int
     queue_timeout: float
     client_stall_timeout: float
+    live_sessions: int
+    live_idle: float
+    spare_processes: int
     drain_timeout: float
     cors_origins: tuple[str, ...]
     allow_skip_permissions: bool
@@ -122,9 +126,13 @@ def load_settings(
         production=reader.choice("NODE_ENV", ("production", "development", "test")) == "production",
         claude_cli=_claude_cli(reader, paths),
         max_body_bytes=reader.number("MAX_BODY_BYTES", 1024, 1024**3),
+        max_concurrent_turns=reader.number("MAX_CONCURRENT_TURNS", 1, 10_000),
         queue_length=reader.number("QUEUE_LENGTH", 0, 10_000),
         queue_timeout=reader.seconds("QUEUE_TIMEOUT_MS", 0),
         client_stall_timeout=reader.seconds("CLIENT_STALL_TIMEOUT_MS", 1),
+        live_sessions=reader.number("LIVE_SESSIONS", 0, 10_000),
+        live_idle=reader.seconds("LIVE_IDLE_MS", 1),
+        spare_processes=reader.number("SPARE_PROCESSES", 0, 10_000),
         drain_timeout=reader.seconds("DRAIN_TIMEOUT_MS", 0),
         cors_origins=_cors_origins(reader, keyed=keyed),
         allow_skip_permissions=reader.switch("ALLOW_SKIP_PERMISSIONS"),

@@ -58,9 +58,13 @@ SETTINGS: tuple[Setting, ...] = (
     _row("NODE_ENV", "development", "production (JSON log lines), development or test."),
     _row("CLAUDE_CLI", "claude", "Claude program and arguments, split as a shell would."),
     _row("MAX_BODY_BYTES", "33554432", "Largest request body."),
-    _row("QUEUE_LENGTH", "64", "How many requests may wait for one busy session."),
-    _row("QUEUE_TIMEOUT_MS", "30000", "How long a request may wait for a busy session."),
+    _row("MAX_CONCURRENT_TURNS", "16", "How many turns may run at once; more wait."),
+    _row("QUEUE_LENGTH", "64", "How many requests may wait, for a session or for capacity."),
+    _row("QUEUE_TIMEOUT_MS", "30000", "How long a request may wait, for both together."),
     _row("CLIENT_STALL_TIMEOUT_MS", "60000", "How long a client of a turn may read nothing."),
+    _row("LIVE_SESSIONS", "4", "Idle agent processes that are kept for their session; 0 for none."),
+    _row("LIVE_IDLE_MS", "300000", "How long each of them is kept."),
+    _row("SPARE_PROCESSES", "1", "Agent processes started ahead of need; 0 for none."),
     _row("DRAIN_TIMEOUT_MS", "5000", "How long a stopping server lets running turns finish."),
     _row("CORS_ORIGINS", "", "Web origins, by commas, that may call; * only with API keys."),
     _row("ALLOW_SKIP_PERMISSIONS", "true", "Whether a request may skip permission prompts."),
@@ -71,11 +75,4 @@ SETTINGS: tuple[Setting, ...] = (
     _row("STATE_PATH", "", "State directory; if unset the service manager's or the user's."),
 )
 BY_VARIABLE = {setting.variable: setting for setting in SETTINGS}
-
-# No release passes any of these on to the CLI, so names that are only reserved count as well.
-OWN_VARIABLES: frozenset[str] = frozenset(BY_VARIABLE) | {
-    "LIVE_IDLE_MS",
-    "LIVE_SESSIONS",
-    "MAX_CONCURRENT_TURNS",
-    "SPARE_PROCESSES",
-}
+OWN_VARIABLES: frozenset[str] = frozenset(BY_VARIABLE)
