@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
 from claude_proxy.cli.events import Event
@@ -14,6 +15,7 @@ __all__ = [
     "IAgentListener",
     "IFramer",
     "IRunningTurn",
+    "ISessionControl",
     "ITurnObserver",
     "IWholeAnswer",
 ]
@@ -78,6 +80,38 @@ class IRunningTurn(Interface):
 
     def resume() -> None:
         """Read on."""
+
+
+class ISessionControl(Interface):
+    """
+    What can be told of a session that is at work, and done to it; implemented by who runs turns.
+
+    Sessions are named by the ids under which they are kept.  Who calls never cancels.
+    """
+
+    def state(session_id: str) -> str:
+        """
+        What is going on in it now.
+
+        ``running``: a turn is under way; ``live``: a process waits for its next turn; else
+        ``idle``.
+        """
+
+    def interrupt(session_id: str) -> Deferred[bool]:
+        """
+        Stop the turn that is under way, so that it ends with the CLI's own result.
+
+        @return: fires when it has ended, with True; with False at once if there is none.
+        """
+
+    def end(session_id: str, reason: ProxyError) -> Deferred[None]:
+        """
+        Stop the turn that is under way, with this `ProxyError`, and end the session's process.
+
+        The session is unknown already: whoever waits for its lease is to look it up anew.
+
+        @return: fires when nothing of the session runs any more; at once if nothing did.
+        """
 
 
 class IFramer(Interface):

@@ -19,7 +19,10 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
+from zope.interface import implementer
 
+from claude_proxy.errors import ProxyError
+from claude_proxy.interfaces import ISessionControl
 from claude_proxy.sessions.store import Store
 from claude_proxy.web.auth import Authenticator, Origins
 from claude_proxy.web.site import Gate, ProxyRequest, ProxySite
@@ -28,6 +31,7 @@ __all__ = [
     "Answer",
     "Connection",
     "FakeChild",
+    "FakeControl",
     "FakeReactor",
     "KeptRequests",
     "encode_request",
@@ -233,6 +237,31 @@ def inline_store() -> Store:
     store._pool = cast(Any, _InlinePool())
     result_of(store.open())
     return store
+
+
+@implementer(ISessionControl)
+class FakeControl:
+    """
+    Stands in for who runs turns; by the ids of sessions.
+
+    @ivar states: those that are not idle.
+    @ivar interrupts: answers that are awaited.
+    @ivar endings: with their reasons, as they are awaited.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+        self.interrupts: dict[str, Deferred[bool]] = {}
+        self.endings: dict[str, tuple[ProxyError, Deferred[None]]] = {}
+
+    def state(self, session_id: str) -> str:
+        return self.states.get(session_id, "idle")
+
+    def interrupt(self, session_id: str) -> Deferred[bool]:
+        return self.interrupts.setdefault(session_id, Deferred())
+
+    def end(self, session_id: str, reason: ProxyError) -> Deferred[None]:
+        return self.endings.setdefault(session_id, (reason, Deferred()))[1]
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,15 @@ from claude_proxy.cli.outcomes import Outcome, OutcomeKind
 from claude_proxy.dialects import history
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IRunningTurn, ITurnObserver
+from claude_proxy.sessions.book import SessionBook
 from claude_proxy.sessions.executor import Executor
+from claude_proxy.sessions.register import SessionRegister
 from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.settings import ApiKey
 from claude_proxy.web.api import HEAD_PATIENCE, JSON_PATHS, PUBLIC_PATHS, Api, ChatRules
 from claude_proxy.web.auth import Authenticator, Origins
 from claude_proxy.web.health import Check, HealthReport, Level
-from tests.support import Answer, Connection, open_site
+from tests.support import Answer, Connection, FakeControl, inline_store, open_site
 
 KEY = "sk-alice-0123456789"
 SESSION = "aaaaaaaa-0000-4000-8000-000000000000"
@@ -107,6 +109,7 @@ class World:
         standard = ChatRules(text_parameters="all", activity="reasoning", aliases=ALIASES)
         api = Api(
             cast(Executor, self.executor),
+            SessionRegister(SessionBook(inline_store(), adopt_unknown=True), FakeControl()),
             health,
             self.clock,
             stall_timeout=60.0,

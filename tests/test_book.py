@@ -11,6 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import LogEvent, capturedLogs
 
 from claude_proxy.cli.command import SessionStart, StartKind
+from claude_proxy.cli.outcomes import Outcome, OutcomeKind
 from claude_proxy.cli.versions import Capabilities, capabilities_of
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.book import KEPT_FOR, KEPT_SESSIONS, Plan, SessionBook
@@ -22,6 +23,8 @@ OLD = capabilities_of("1.0.24")
 NEW = capabilities_of("2.1.197")
 
 ASK = TurnRequest(content="x", tenant="alice", request_id="r", received=0.0)
+
+ENDED = Outcome(OutcomeKind.SUCCESS, totals={"total_cost_usd": 0.25, "num_turns": 3})
 
 
 class Fixture:
@@ -65,7 +68,7 @@ class Fixture:
         plan = self.resolve(request, can)
         self.book.planned(plan, request)
         kept = self.book.begun(plan, request, cli_id)
-        self.book.used(kept, request)
+        self.book.used(kept, request, ENDED)
         return kept
 
 
@@ -272,7 +275,7 @@ def test_a_turn_is_remembered_with_what_may_be_inherited_and_never_with_prompts(
         system_prompt="a secret of mine",
         append_system_prompt="another one",
     )
-    fixture.book.used("new-1", request)
+    fixture.book.used("new-1", request, ENDED)
     record = fixture.find("new-1")
     assert record is not None
     assert record.parameters == {
@@ -282,13 +285,25 @@ def test_a_turn_is_remembered_with_what_may_be_inherited_and_never_with_prompts(
     }
 
 
+def test_a_turn_is_remembered_with_its_end_and_its_cost() -> None:
+    fixture = Fixture()
+    fixture.turn(ASK, "new-1")
+    fixture.time += 5
+    failed = Outcome(OutcomeKind.FAILURE, ProxyError(Failure.TURN_TIMEOUT))
+    fixture.book.used("new-1", ASK, failed)
+    record = fixture.find("new-1")
+    assert record is not None
+    assert (record.turns, record.cost, record.outcome) == (2, 0.25, "turn_timeout")
+    assert (record.created, record.used) == (1000.0, 1005.0)
+
+
 def test_without_its_store_the_book_goes_on_and_says_so(logged: Sequence[LogEvent]) -> None:
     fixture = Fixture()
     result_of(fixture.store.close())
     plan = fixture.resolve(ASK)
     fixture.book.planned(plan, ASK)
     assert fixture.book.begun(plan, ASK, "new-1") == "new-1"
-    fixture.book.used("new-1", ASK)
+    fixture.book.used("new-1", ASK, ENDED)
     resumed = fixture.resolve(replace(ASK, session_id="new-1"))
     assert resumed.start == SessionStart(StartKind.RESUME, "new-1")
     complaints = [event for event in logged if event.get("type") == "store_failed"]
@@ -309,6 +324,97 @@ def test_another_store_can_take_over() -> None:
     fixture.turn(ASK, "new-1")
     assert result_of(other.find("new-1")) is not None
     assert fixture.find("new-1") is None
+
+
+# What its owner asks for.
+
+
+def test_a_tenant_sees_its_own_sessions_by_all_their_ids() -> None:
+    fixture = Fixture()
+    fixture.turn(ASK, "cli-a", OLD)
+    fixture.turn(replace(ASK, session_id="cli-a"), "cli-b", OLD)
+    fixture.turn(replace(ASK, tenant="bob"), "of bob", OLD)
+    for name in ("cli-a", "cli-b"):
+        assert result_of(fixture.book.get("alice", name)).id == "cli-a"
+    [record] = result_of(fixture.book.page("alice", 10, None))
+    assert (record.id, record.turns) == ("cli-a", 2)
+    [record] = result_of(fixture.book.page("bob", 10, None))
+    assert record.id == "of bob"
+
+
+@pytest.mark.parametrize("name", ["of bob", "unknown", "", "\0"])
+def test_what_is_not_the_tenants_own_is_not_there(name: str) -> None:
+    fixture = Fixture()
+    fixture.turn(replace(ASK, tenant="bob"), "of bob", OLD)
+    for ask in (fixture.book.get, fixture.book.delete):
+        with pytest.raises(ProxyError) as caught:
+            result_of(ask("alice", name))
+        assert (caught.value.failure, caught.value.param) == (Failure.SESSION_NOT_FOUND, None)
+    assert fixture.find("of bob") is not None
+
+
+@pytest.mark.parametrize("adopt_unknown", [True, False])
+def test_a_session_that_was_deleted_is_no_session_by_any_of_its_ids(adopt_unknown: bool) -> None:
+    fixture = Fixture(adopt_unknown=adopt_unknown)
+    fixture.turn(ASK, "cli-a", OLD)
+    fixture.turn(replace(ASK, session_id="cli-a"), "cli-b", OLD)
+    assert result_of(fixture.book.delete("alice", "cli-b")).id == "cli-a"
+    for name in ("cli-a", "cli-b"):
+        asked = replace(ASK, session_id=name, inherit=frozenset(INHERITED))
+        for request in (asked, replace(asked, fork=True), replace(asked, tenant="bob")):
+            assert fixture.recognise(request) is request
+            error = fixture.refusal(request, OLD)
+            assert (error.failure, error.param) == (Failure.SESSION_NOT_FOUND, "session-id")
+        for ask in (fixture.book.get, fixture.book.delete):
+            with pytest.raises(ProxyError):
+                result_of(ask("alice", name))
+
+
+@pytest.mark.parametrize(
+    "known_by",
+    [{}, {"conversation": "chat"}, {"conversation": "new-1"}, {"hinted_session": "new-1"}],
+)
+def test_a_conversation_whose_session_was_deleted_begins_anew(known_by: dict[str, str]) -> None:
+    fixture = Fixture()
+    fixture.answered(replace(ASK, conversation="chat"), "new-1", "one")
+    result_of(fixture.book.delete("alice", "new-1"))
+    request = replace(LATER, **known_by)  # type: ignore[arg-type]  # it takes any field
+    assert fixture.recognise(request) is request
+    assert fixture.resolve(request).start.kind is StartKind.NEW
+
+
+def test_what_a_turn_says_after_its_session_was_deleted_brings_nothing_back(
+    logged: Sequence[LogEvent],
+) -> None:
+    fixture = Fixture()
+    fixture.turn(ASK, "cli-a", OLD)
+    request = replace(ASK, session_id="cli-a")
+    plan = fixture.resolve(request, OLD)
+    result_of(fixture.book.delete("alice", "cli-a"))
+    kept = fixture.book.begun(plan, request, "cli-a")
+    fixture.book.resumed_by(kept, "cli-b")
+    fixture.book.used(kept, request, ENDED)
+    fixture.book.remember_tip(kept, "one", None)
+    assert fixture.recognise(LATER) is LATER
+    for name in ("cli-a", "cli-b"):
+        assert fixture.find(name) is None
+        assert fixture.refusal(replace(ASK, session_id=name)).failure is Failure.SESSION_NOT_FOUND
+    assert [event for event in logged if event.get("type") == "store_failed"] == []
+
+
+def test_without_its_store_nothing_can_be_listed_or_deleted(logged: Sequence[LogEvent]) -> None:
+    fixture = Fixture()
+    result_of(fixture.store.close())
+    for answer in (
+        fixture.book.page("alice", 10, None),
+        fixture.book.get("alice", "new-1"),
+        fixture.book.delete("alice", "new-1"),
+    ):
+        with pytest.raises(ProxyError) as caught:
+            result_of(answer)
+        assert caught.value.failure is Failure.INTERNAL_ERROR
+        assert "memory of its sessions" in caught.value.message
+    assert len([event for event in logged if event.get("type") == "store_failed"]) == 3
 
 
 # Which session a conversation continues.

@@ -213,6 +213,15 @@ def test_what_is_old_or_too_much_is_forgotten_with_all_its_ids(db: sqlite3.Conne
     assert db.execute("SELECT count(*) FROM aliases").fetchone() == (0,)
 
 
+def test_a_long_list_is_paged_without_being_sorted_or_walked_through(
+    db: sqlite3.Connection,
+) -> None:
+    given = {"tenant": "alice", "limit": 10, "created": 1.0, "id": "a"}
+    plan = " ".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {records._PAGE}", given))
+    assert "USING INDEX sessions_by_creation (tenant=? AND (created,id)<(?,?))" in plan
+    assert "TEMP B-TREE" not in plan
+
+
 NAMES = st.sampled_from("abcdef")
 TIPS = st.sampled_from(["one", "two"])
 MAYBE = st.sampled_from([None, "x", "y"])
@@ -225,6 +234,7 @@ class Conversations(RuleBasedStateMachine):
         super().__init__()
         self.db = database()
         self.model: dict[str, SessionRecord] = {}
+        self.deleted: set[str] = set()
         self.now = 0.0
 
     def teardown(self) -> None:
@@ -242,7 +252,40 @@ class Conversations(RuleBasedStateMachine):
         self.now += 1
         record = SessionRecord(name, name, workspace, tenant, False, {}, self.now, self.now)
         records.create(self.db, record, "{}")
-        self.model[name] = record
+        if name not in self.deleted:
+            self.model[name] = record
+
+    @precondition(lambda self: self.deleted)
+    @rule(data=st.data(), tip=TIPS)
+    def come_late(self, data: st.DataObject, tip: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.deleted)))
+        records.begin(self.db, name, name, self.now)
+        records.set_tip(self.db, name, tip, None)
+        records.finish_turn(self.db, name, self.now, 1.0, "success", parameters="{}")
+
+    @rule(name=NAMES, tenant=st.sampled_from(["alice", "bob"]))
+    def delete(self, name: str, tenant: str) -> None:
+        known = self.model.get(name)
+        expected = known if known is not None and known.tenant == tenant else None
+        assert records.delete(self.db, name, tenant) == expected
+        if expected is not None:
+            del self.model[name]
+            self.deleted.add(name)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), cost=st.sampled_from([0.25, 1.5]))
+    def finish_turn(self, data: st.DataObject, cost: float) -> None:
+        name = data.draw(st.sampled_from(sorted(self.model)))
+        self.now += 1
+        records.finish_turn(self.db, name, self.now, cost, "success", parameters="{}")
+        known = self.model[name]
+        self.model[name] = replace(
+            known,
+            used=self.now,
+            turns=known.turns + 1,
+            cost=known.cost + cost,
+            outcome="success",
+        )
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -324,6 +367,18 @@ class Conversations(RuleBasedStateMachine):
     def both_remember_the_same(self) -> None:
         remembered = {name: records.find(self.db, name) for name in "abcdef"}
         assert {n: r for n, r in remembered.items() if r is not None} == self.model
+        assert {n for n in "abcdef" if records.is_deleted(self.db, n)} == self.deleted
+
+    @invariant()
+    def both_list_the_same(self) -> None:
+        for tenant in ("alice", "bob"):
+            mine = [record for record in self.model.values() if record.tenant == tenant]
+            newest_first = sorted(mine, key=lambda r: (r.created, r.id), reverse=True)
+            place, listed = None, []
+            while page := records.page(self.db, tenant, 2, place):
+                listed += page
+                place = records.Place(page[-1].created, page[-1].id)
+            assert listed == newest_first
 
 
 TestConversations = Conversations.TestCase

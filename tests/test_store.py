@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -20,8 +23,9 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.interfaces import IReactorFromThreads
 
+from claude_proxy.sessions import schema
 from claude_proxy.sessions.records import encoded
-from claude_proxy.sessions.store import SessionRecord, Store, StoreError
+from claude_proxy.sessions.store import Place, SessionRecord, Store, StoreError
 from tests.support import in_reactor
 
 REACTOR = cast(IReactorFromThreads, reactor)
@@ -95,19 +99,110 @@ async def test_every_id_that_a_session_ever_had_finds_it() -> None:
 
 
 @in_reactor
-async def test_touching_changes_the_time_and_only_given_parameters() -> None:
+async def test_a_finished_turn_is_counted_and_leaves_its_parameters() -> None:
     store = await opened()
     await store.create(RECORD)
     await store.begin(A, B, 2000.0)
-    await store.touch(B, 3000.0)
-    found = await store.find(A)
-    assert found == replace(RECORD, begun=True, cli_id=B, used=3000.0)
-    await store.touch(A, 4000.0, {"workspace": "x"})
-    found = await store.find(A)
-    assert found == replace(
-        RECORD, begun=True, cli_id=B, used=4000.0, parameters={"workspace": "x"}
+    await store.finish_turn(B, 3000.0, 0.25, "success", {"permission-mode": "plan"})
+    known = replace(RECORD, begun=True, cli_id=B, parameters={"permission-mode": "plan"})
+    assert await store.find(A) == replace(known, used=3000.0, turns=1, cost=0.25, outcome="success")
+    await store.finish_turn(A, 4000.0, 0.5, "cli_failed", {})
+    assert await store.find(A) == replace(
+        known, used=4000.0, turns=2, cost=0.75, outcome="cli_failed", parameters={}
     )
     await store.close()
+
+
+@in_reactor
+@pytest.mark.parametrize("cost", [math.nan, math.inf, -math.inf, -1.0])
+async def test_what_is_no_amount_costs_nothing(cost: float) -> None:
+    store = await opened()
+    await store.create(RECORD)
+    await store.finish_turn(A, 3000.0, 0.25, "success", {})
+    await store.finish_turn(A, 3000.0, cost, "success", {})
+    found = await store.find(A)
+    assert found is not None
+    assert (found.turns, found.cost) == (2, 0.25)
+    await store.close()
+
+
+@in_reactor
+async def test_a_list_has_the_tenants_sessions_newest_first_page_by_page() -> None:
+    store = await opened()
+    ids = [f"{number:02}" for number in range(10)]
+    for name in ids:  # some are made at the same moment
+        await store.create(replace(RECORD, id=name, cli_id=name, created=float(int(name) // 3)))
+    await store.create(replace(RECORD, id=D, cli_id=D, tenant="bob"))
+    await store.finish_turn("00", 9000.0, 0.0, "success", {})  # changes nothing in the order
+    listed: list[str] = []
+    place: Place | None = None
+    while page := await store.page("alice", 4, place):
+        assert len(page) <= 4
+        listed += [record.id for record in page]
+        place = Place(page[-1].created, page[-1].id)
+        await store.delete(page[-1].id, "alice")  # a place is one, whatever becomes of it
+        await store.create(replace(RECORD, id=f"new {place}", cli_id=f"new {place}"))
+    assert listed == ids[::-1]
+    [record] = await store.page("bob", 4)
+    assert record == replace(RECORD, id=D, cli_id=D, tenant="bob")
+    assert await store.page("nobody", 4) == []
+    await store.close()
+
+
+@in_reactor
+async def test_a_deleted_session_is_forgotten_by_all_its_ids_and_known_as_deleted() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    await store.begin(A, B, 2000.0)
+    await store.set_tip(A, "tip", "chat")
+    assert await store.delete(A, "mallory") is None
+    assert await store.delete(C, "alice") is None
+    taken = await store.delete(B, "alice")
+    assert taken is not None
+    assert (taken.id, taken.cli_id) == (A, B)
+    assert await store.delete(A, "alice") is None
+    assert [await store.find(name) for name in (A, B)] == [None, None]
+    assert [await store.is_deleted(name) for name in (A, B, C)] == [True, True, False]
+    assert await store.claim("alice", ("tip",), None) is None
+    assert await store.page("alice", 10) == []
+    assert await store.prune(9e9, 0) == 0
+    assert await store.is_deleted(B)
+    await store.close()
+
+
+@in_reactor
+async def test_what_comes_late_does_not_bring_a_deleted_session_back() -> None:
+    store = await opened()
+    await store.create(RECORD)
+    await store.create(replace(RECORD, id=D, cli_id=D))
+    await store.delete(A, "alice")
+    await store.create(RECORD)
+    await store.begin(A, B, 2000.0)  # an old CLI goes on under a new id
+    await store.begin(A, D, 2000.0)  # which is never that of another session
+    await store.finish_turn(A, 2000.0, 1.0, "success", {})
+    await store.set_tip(B, "tip", None)
+    await store.unclaim(A, "tip")
+    assert [await store.is_deleted(name) for name in (A, B, D)] == [True, True, False]
+    assert [record.id for record in await store.page("alice", 10)] == [D]
+    for taken in (A, B):
+        assert "belongs to another session" in await failure_of(store.begin(D, taken, 2001.0))
+        late = replace(RECORD, id=C, cli_id=taken)
+        assert "belongs to another session" in await failure_of(store.create(late))
+    await store.close()
+
+
+@in_reactor
+async def test_nothing_of_a_deleted_session_is_left_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    await store.create(replace(RECORD, workspace="the-workspace", parameters={"key": "of-mine"}))
+    await store.set_tip(A, "the-tip", "the-conversation")
+    await store.delete(A, "alice")
+    await store.close()
+    content = path.read_bytes()
+    assert A.encode() in content
+    for wiped in (b"the-workspace", b"of-mine", b"the-tip", b"the-conversation", b"alice"):
+        assert wiped not in content
 
 
 @in_reactor
@@ -159,7 +254,7 @@ async def test_the_cli_cannot_move_an_id_from_one_session_to_another() -> None:
     "change",
     [
         lambda store: store.begin(D, D, 1.0),
-        lambda store: store.touch(D, 1.0),
+        lambda store: store.finish_turn(D, 1.0, 0.0, "success", {}),
         lambda store: store.set_tip(D, "tip", None),
     ],
 )
@@ -192,7 +287,7 @@ async def test_parameters_that_are_not_json_are_refused(value: object) -> None:
     await store.create(RECORD)
     bad = {"key": value}
     assert "not JSON" in await failure_of(store.create(replace(RECORD, parameters=bad)))
-    assert "not JSON" in await failure_of(store.touch(A, 1.0, bad))
+    assert "not JSON" in await failure_of(store.finish_turn(A, 1.0, 0.0, "success", bad))
     assert await store.find(A) == RECORD
     await store.close()
 
@@ -317,7 +412,7 @@ WRITES_AND_DIES = """
 import os, sys
 from pathlib import Path
 from twisted.internet import reactor
-from claude_proxy.sessions.store import SessionRecord, Store
+from claude_proxy.sessions.store import Place, SessionRecord, Store
 
 async def main():
     store = Store(Path(sys.argv[1]), reactor)
@@ -360,6 +455,75 @@ def test_a_start_that_fails_elsewhere_does_not_leave_the_process_hanging(tmp_pat
     assert run(NEVER_RUNS_ITS_REACTOR, tmp_path / "state.db") == 0
 
 
+WRITES_FOR_EVER = """
+import sys
+from itertools import count
+from pathlib import Path
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from claude_proxy.sessions.store import SessionRecord, Store
+
+async def main():
+    run = sys.argv[2]
+    store = Store(Path(sys.argv[1]), reactor)
+    await store.open()
+    for number in count():
+        name = f"{run}-{number}"
+        writing = [
+            store.create(SessionRecord(name, name, None, "alice", False, {}, number, number)),
+            store.begin(name, f"{name}-alias", number),
+            store.finish_turn(name, number, 0.25, "success", {"run": run, "padding": "x" * 2000}),
+            store.set_tip(name, f"tip of {name}", "chat"),
+        ]
+        if number % 3 == 0:
+            writing.append(store.delete(name, "alice"))
+        for done in writing:
+            await done
+        print(number, flush=True)
+
+Deferred.fromCoroutine(main()).addErrback(lambda failure: failure.printTraceback())
+reactor.run()
+"""
+
+
+def last_before_the_kill(path: Path, run: int, least: int) -> int:
+    """Kill a process that writes, some time after it has written so much; its last word."""
+    argv = [sys.executable, "-c", WRITES_FOR_EVER, str(path), str(run)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        for _ in range(least):
+            assert writer.stdout.readline()
+        last = int(writer.stdout.readline())
+        os.kill(writer.pid, signal.SIGKILL)
+        last = max([last, *map(int, writer.stdout.read().split())])
+    assert writer.returncode == -signal.SIGKILL
+    return last
+
+
+@in_reactor
+async def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    acknowledged: list[tuple[int, int]] = []
+    for run, least in enumerate((0, 7, 23, 61, 118)):
+        last = last_before_the_kill(path, run, least)
+        acknowledged += [(run, number) for number in range(last + 1)]
+    store = await opened(path)
+    for pragma, sound in (("quick_check", "ok"), ("foreign_key_check", None)):
+        row = await store._ask(lambda db, p=pragma: db.execute(f"PRAGMA {p}").fetchone())  # type: ignore[misc]
+        assert (row and row[0]) == sound
+    for run, number in acknowledged:
+        name = f"{run}-{number}"
+        for known_as in (name, f"{name}-alias"):
+            found = await store.find(known_as)
+            assert await store.is_deleted(known_as) == (number % 3 == 0) == (found is None)
+            if found is not None:
+                assert (found.turns, found.cost, found.tip) == (1, 0.25, f"tip of {name}")
+    for record in await store.page("alice", 10_000):  # those in the midst of it are whole as well
+        assert record.cost == 0.25 * record.turns
+        assert ("padding" in record.parameters) == (record.turns == 1)
+    await store.close()
+
+
 def database(path: Path, *statements: str) -> None:
     connection = sqlite3.connect(path)
     for statement in statements:
@@ -374,9 +538,49 @@ async def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path) -> Non
     database(path, "PRAGMA user_version = 99")
     before = path.read_bytes()
     sentence = await failure_of(Store(path, REACTOR).open())
-    assert "version 99, newer than version 2 " in sentence
+    assert "version 99, newer than version 3 " in sentence
     assert str(path) in sentence
     assert path.read_bytes() == before
+
+
+def older(path: Path, version: int) -> None:
+    """Make the database that a program of this version left, with a session in it."""
+    steps = [statement for step in schema._MIGRATIONS[:version] for statement in step]
+    columns = "id, cli_id, workspace, tenant, state, parameters, created, used"
+    row = (
+        f"INSERT INTO sessions ({columns}) VALUES ('{A}', '{B}', 'w', 'bob', 'begun', '{{}}', 1, 2)"
+    )
+    alias = f"INSERT INTO aliases VALUES ('{B}', '{A}')"
+    database(path, *steps, row, alias, f"PRAGMA user_version = {version}")
+
+
+@in_reactor
+@pytest.mark.parametrize("version", range(1, schema.VERSION))
+async def test_an_older_database_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "state.db"
+    older(path, version)
+    store = await opened(path)
+    record = SessionRecord(A, B, "w", "bob", True, {}, 1.0, 2.0)
+    assert await store.find(B) == record
+    await store.finish_turn(B, 3.0, 0.5, "success", {})
+    finished = replace(record, used=3.0, turns=1, cost=0.5, outcome="success")
+    assert await store.page("bob", 10) == [finished]
+    await store.close()
+
+
+@in_reactor
+async def test_a_migration_is_done_wholly_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.db"
+    older(path, schema.VERSION - 1)
+    *before, last = schema._MIGRATIONS
+    monkeypatch.setattr(schema, "_MIGRATIONS", (*before, (*last, "SELECT the impossible")))
+    assert "no such column" in await failure_of(Store(path, REACTOR).open())
+    monkeypatch.undo()
+    store = await opened(path)
+    assert await store.find(B) == SessionRecord(A, B, "w", "bob", True, {}, 1.0, 2.0)
+    await store.close()
 
 
 @in_reactor
@@ -471,13 +675,14 @@ async def test_the_settings_of_the_database_are_as_meant(tmp_path: Path) -> None
         "synchronous",
         "busy_timeout",
         "foreign_keys",
+        "secure_delete",
         "cache_size",
         "user_version",
     )
     values = await store._ask(
         lambda db: [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
     )
-    assert values == ["wal", 1, 5000, 1, -512, 2]
+    assert values == ["wal", 1, 5000, 1, 1, -512, 3]
     await store.close()
 
 
@@ -512,6 +717,19 @@ async def test_closing_finishes_what_is_queued_and_may_be_repeated(tmp_path: Pat
 
 
 @in_reactor
+async def test_closing_does_not_fail_where_the_journal_cannot_be_emptied(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    await store.create(RECORD)
+    denied = sqlite3.SQLITE_DENY
+    await store._ask(lambda db: db.set_authorizer(lambda *_: denied))
+    await store.close()
+    again = await opened(path)
+    assert await again.find(A) == RECORD
+    await again.close()
+
+
+@in_reactor
 async def test_a_closed_or_never_opened_store_answers_nothing() -> None:
     fresh, closed = Store(None, REACTOR), await opened()
     await closed.close()
@@ -520,7 +738,10 @@ async def test_a_closed_or_never_opened_store_answers_nothing() -> None:
             store.find(A),
             store.create(RECORD),
             store.begin(A, A, 1.0),
-            store.touch(A, 1.0, {}),
+            store.finish_turn(A, 1.0, 0.0, "success", {}),
+            store.is_deleted(A),
+            store.page("alice", 10),
+            store.delete(A, "alice"),
             store.set_tip(A, "tip", None),
             store.claim("alice", ("tip",), None),
             store.unclaim(A, "tip"),
@@ -564,19 +785,90 @@ async def test_too_many_waiting_calls_are_refused_until_some_are_done() -> None:
 
 
 @in_reactor
-async def test_a_database_locked_for_too_long_is_an_error(
+async def test_a_database_locked_for_too_long_is_an_error_and_waited_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(schema, "PATIENCE", 300)
     path = tmp_path / "state.db"
     store = await opened(path)
-    await store._ask(lambda db: db.execute("PRAGMA busy_timeout = 0"))
+    await store.create(RECORD)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    assert "database is locked" in await failure_of(store.create(RECORD))
+    began = time.monotonic()
+    writes = [store.begin(A, A, 2000.0 + number) for number in range(50)]
+    finding = store.find(A)
+    for writing in writes:
+        assert "database is locked" in await failure_of(writing)
+    assert await finding == RECORD
+    assert 0.3 <= time.monotonic() - began < 3  # fifty times the patience would be 15 seconds
     other.execute("ROLLBACK")
+    await store.begin(A, B, 3000.0)
+    assert await store.find(B) == replace(RECORD, begun=True, cli_id=B, used=3000.0)
+    patience = await store._ask(lambda db: db.execute("PRAGMA busy_timeout").fetchone()[0])
+    assert patience == 300
     other.close()
+    await store.close()
+
+
+def spoil(path: Path) -> None:
+    """Overwrite all of a database but its first page."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (size - 4096))
+
+
+@in_reactor
+async def test_a_database_that_is_spoilt_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = await opened(path)
+    padding = {"padding": "x" * 3000}
+    for number in range(300):  # more than the cache holds
+        name = f"{number}"
+        await store.create(replace(RECORD, id=name, cli_id=name, parameters=padding))
+    await store._ask(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)"))
+    spoil(path)
+    await store._ask(lambda db: db.execute("PRAGMA shrink_memory"))
+    for answer in (
+        store.find("1"),
+        store.create(RECORD),
+        store.finish_turn("1", 1.0, 0.0, "success", {}),
+        store.page("alice", 1000),
+        store.delete("1", "alice"),
+    ):
+        sentence = await failure_of(answer)
+        assert "damaged or not a database" in sentence
+        assert str(path) in sentence
+    await store.close()  # does not fail
+
+
+@in_reactor
+@pytest.mark.parametrize(
+    ("broken", "mended", "said"),
+    [
+        pytest.param("query_only = ON", "query_only = OFF", "readonly database", id="read-only"),
+        pytest.param("max_page_count = 1", "max_page_count = 9999", "is full", id="a full disk"),
+    ],
+)
+async def test_a_database_that_cannot_be_written_for_a_while_works_again_afterwards(
+    tmp_path: Path, broken: str, mended: str, said: str
+) -> None:
+    store = await opened(tmp_path / "state.db")
     await store.create(RECORD)
+    await store._ask(lambda db: db.execute(f"PRAGMA {broken}"))
+    large = {"padding": "x" * 10_000}
+    for writing in (
+        store.create(replace(RECORD, id=B, cli_id=B, parameters=large)),
+        store.finish_turn(A, 2000.0, 1.0, "success", large),
+    ):
+        assert said in await failure_of(writing)
     assert await store.find(A) == RECORD
+    assert await store.find(B) is None
+    await store._ask(lambda db: db.execute(f"PRAGMA {mended}"))
+    await store.finish_turn(A, 2000.0, 1.0, "success", large)
+    found = await store.find(A)
+    assert found is not None
+    assert (found.turns, found.cost) == (1, 1.0)
     await store.close()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from twisted.internet.defer import Deferred
@@ -18,13 +18,16 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure as TwistedFailure
 
 from claude_proxy.cli.command import SessionStart, StartKind
+from claude_proxy.cli.outcomes import Outcome
 from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.inheritance import inherited
-from claude_proxy.sessions.store import SessionRecord, Store, StoreError
+from claude_proxy.sessions.store import Place, SessionRecord, Store, StoreError
 from claude_proxy.sessions.turns import TurnRequest
 
 __all__ = ["KEPT_FOR", "KEPT_SESSIONS", "Plan", "SessionBook"]
+
+_T = TypeVar("_T")
 
 KEPT_FOR = 90 * 24 * 3600.0
 """
@@ -40,6 +43,13 @@ _PRUNED_EVERY = 1000
 
 _NAME_LIMIT = 256
 """Characters of a client's name for its conversation that count; what names them are UUIDs."""
+
+_NOT_LISTED = "There is no such session. GET /api/sessions lists those of your key."
+
+_NO_STORE = (
+    "The server's memory of its sessions cannot be read or written now. "
+    "Its log says why, and more under this request id."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +167,9 @@ class SessionBook:
         if record is None:
             # Another server began it, or the state was lost.  If the CLI has lost it too, the
             # history is all there is.
-            known_to_cli = replace(request, session_id=request.hinted_session)
-            return known_to_cli if self._adopt_unknown else None
+            if not self._adopt_unknown or await self._store.is_deleted(request.hinted_session):
+                return None
+            return replace(request, session_id=request.hinted_session)
         if record.tenant != request.tenant or not record.begun:
             return None
         if record.tip is not None or request.workspace not in (None, record.workspace):
@@ -207,7 +218,7 @@ class SessionBook:
         """
         if request.session_id is None:
             return self._plan_new(request.workspace, can)
-        record = await self._find(request.session_id)
+        record = await self._find_alive(request.session_id)
         if record is None:
             if not self._adopt_unknown:
                 raise ProxyError(Failure.SESSION_NOT_FOUND, param="session-id")
@@ -273,18 +284,60 @@ class SessionBook:
             self._background(self._store.begin(known, cli_id, self._now()))
             return known
         kept = plan.lease_key if plan.start.kind is StartKind.RESUME else cli_id
-        self._write_down(self._record(plan, request, kept, begun=True))
-        if kept != cli_id:
-            self._background(self._store.begin(kept, cli_id, self._now()))
+        record = self._record(plan, request, kept, begun=True)
+        self._write_down(replace(record, cli_id=cli_id))
         return kept
 
     def resumed_by(self, session: str, cli_id: str) -> None:
         """Write down, in the background, by which of its ids the CLI resumes the session now."""
         self._background(self._store.begin(session, cli_id, self._now()))
 
-    def used(self, session: str, request: TurnRequest) -> None:
-        """Write down, in the background, that a turn of the session has ended."""
-        self._background(self._store.touch(session, self._now(), request.parameters))
+    def used(self, session: str, request: TurnRequest, outcome: Outcome) -> None:
+        """Write down, in the background, how a turn of the session has ended."""
+        cost = outcome.totals.get("total_cost_usd", 0.0)
+        self._background(
+            self._store.finish_turn(session, self._now(), cost, outcome.code, request.parameters)
+        )
+
+    async def page(self, tenant: str, limit: int, before: Place | None) -> list[SessionRecord]:
+        """
+        The tenant's sessions, the newest first.
+
+        @param limit: how many at most.
+        @param before: only those that follow this place in the list; None begins it.
+        @raise ProxyError: INTERNAL_ERROR: the store has failed.
+        """
+        return await self._asked(self._store.page(tenant, limit, before))
+
+    async def get(self, tenant: str, session: str) -> SessionRecord:
+        """
+        One session of the tenant, by any of its ids.
+
+        @raise ProxyError: SESSION_NOT_FOUND, or INTERNAL_ERROR: the store has failed.
+        """
+        record = await self._asked(self._store.find(session))
+        if record is None or record.tenant != tenant:
+            raise ProxyError(Failure.SESSION_NOT_FOUND, _NOT_LISTED)
+        return record
+
+    async def delete(self, tenant: str, session: str) -> SessionRecord:
+        """
+        Forget a session of the tenant for good; what it was.
+
+        @raise ProxyError: SESSION_NOT_FOUND, or INTERNAL_ERROR: the store has failed.
+        """
+        record = await self._asked(self._store.delete(session, tenant))
+        if record is None:
+            raise ProxyError(Failure.SESSION_NOT_FOUND, _NOT_LISTED)
+        return record
+
+    async def _asked(self, answer: Deferred[_T]) -> _T:
+        """What is asked for its own sake, and so cannot be done without the store."""
+        try:
+            return await answer
+        except StoreError as error:
+            self._complain(error)
+            raise ProxyError(Failure.INTERNAL_ERROR, _NO_STORE) from error
 
     def _record(
         self, plan: Plan, request: TurnRequest, session: str, *, begun: bool
@@ -308,6 +361,17 @@ class SessionBook:
             writing.addCallback(lambda _: self._store.prune(before, KEPT_SESSIONS))
         self._background(writing)
         self._written_down += 1
+
+    async def _find_alive(self, session_id: str) -> SessionRecord | None:
+        """What is known of a session.  SESSION_NOT_FOUND if it was deleted."""
+        try:
+            record = await self._store.find(session_id)
+            if record is None and await self._store.is_deleted(session_id):
+                raise ProxyError(Failure.SESSION_NOT_FOUND, param="session-id")
+        except StoreError as error:
+            self._complain(error)
+            return None
+        return record
 
     async def _find(self, session_id: str) -> SessionRecord | None:
         try:

@@ -10,34 +10,43 @@ stay known as aliases.  No id ever belongs to two sessions.
 A session may also have a tip: the fingerprint of the history that ends with its last answer.  A
 client that sends this history means this session.  Whatever the CLI takes up in a session makes its
 tip untrue, so it is gone until the next answer gives it a new one.
+
+Of a session that is deleted nothing is left but its ids, for good: nobody is to continue it, though
+the CLI still could.  What a turn that was under way still has to say of it is dropped.
 """
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from claude_proxy.sessions.schema import StoreError, transaction
 
 __all__ = [
+    "Place",
     "SessionRecord",
     "begin",
     "claim",
     "create",
+    "delete",
     "encoded",
     "find",
+    "finish_turn",
+    "is_deleted",
+    "page",
     "prune",
     "set_tip",
-    "touch",
     "unclaim",
 ]
 
 _COLUMNS = """
-    id, cli_id, workspace, tenant, state, parameters, created, used, tip, claimed, conversation
+    id, cli_id, workspace, tenant, state, parameters, created, used, tip, claimed, conversation,
+    turns, cost, outcome
 """
 
 _SELECT = f"""
@@ -60,6 +69,22 @@ _BEGIN = f"UPDATE sessions SET state = 'begun', cli_id = ?, used = ?, {_LOSE_TIP
 _SET_TIP = """
     UPDATE sessions SET tip = ?, claimed = NULL, conversation = coalesce(?, conversation)
     WHERE id = ?
+"""
+
+_FINISH_TURN = """
+    UPDATE sessions SET used = ?, turns = turns + 1, cost = cost + ?, outcome = ?, parameters = ?
+    WHERE id = ?
+"""
+
+_PAGE = f"""
+    SELECT {_COLUMNS} FROM sessions
+    WHERE tenant = :tenant AND (created, id) < (:created, :id)
+    ORDER BY created DESC, id DESC LIMIT :limit
+"""  # noqa: S608 - nothing in it comes from outside
+
+_BURY = """
+    INSERT OR IGNORE INTO deleted (id)
+    SELECT :session UNION SELECT alias FROM aliases WHERE session = :session
 """
 
 _PRUNE = """
@@ -99,6 +124,9 @@ class SessionRecord:
         one, empty if it has none at present.
     @ivar claimed: the tip that a request has taken whose turn has not begun yet.
     @ivar conversation: the client's own name for the conversation.
+    @ivar turns: how many turns have ended.
+    @ivar cost: of all of them, in US dollars.
+    @ivar outcome: how the last one ended, in a word; None before that.
     """
 
     id: str
@@ -112,6 +140,16 @@ class SessionRecord:
     tip: str | None = None
     claimed: str | None = None
     conversation: str | None = None
+    turns: int = 0
+    cost: float = 0.0
+    outcome: str | None = None
+
+
+class Place(NamedTuple):
+    """A place in the list of sessions: when one was made, in Unix seconds, and its id."""
+
+    created: float
+    session_id: str
 
 
 def encoded(parameters: Mapping[str, object]) -> str:
@@ -132,15 +170,32 @@ def find(connection: sqlite3.Connection, name: str) -> SessionRecord | None:
     return None if row is None else _record(row)
 
 
+def is_deleted(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether this is an id of a session that was deleted."""
+    return connection.execute("SELECT 1 FROM deleted WHERE id = ?", (name,)).fetchone() is not None
+
+
+def page(
+    connection: sqlite3.Connection, tenant: str, limit: int, before: Place | None
+) -> list[SessionRecord]:
+    """The tenant's sessions that follow a place in the list, the newest first."""
+    created, session = before or (math.inf, "")
+    given = {"tenant": tenant, "limit": limit, "created": created, "id": session}
+    return [_record(row) for row in connection.execute(_PAGE, given)]
+
+
 def create(connection: sqlite3.Connection, record: SessionRecord, parameters: str) -> None:
     """
     Remember a new session, or replace what is known of it except when it was created.
 
-    It has no tip then, whatever the record says: the CLI may have taken it up.
+    It has no tip then, whatever the record says: the CLI may have taken it up.  Its turns stay as
+    they were counted.
     """
     state = "begun" if record.begun else "new"
     row = (record.id, record.cli_id, record.workspace, record.tenant, state, parameters)
     with transaction(connection):
+        if is_deleted(connection, record.id):
+            return
         known = find(connection, record.id)
         if known is not None and (known.id, known.tenant) != (record.id, record.tenant):
             raise StoreError(f"The session id {record.id} belongs to another session or tenant.")
@@ -152,25 +207,45 @@ def begin(connection: sqlite3.Connection, name: str, cli_id: str, now: float) ->
     """Remember that the CLI took up a session and how it resumes it; its tip is gone."""
     with transaction(connection):
         session = _known(connection, name)
-        _add_alias(connection, session, cli_id)
-        connection.execute(_BEGIN, (cli_id, now, session))
+        if session is not None:
+            _add_alias(connection, session, cli_id)
+            connection.execute(_BEGIN, (cli_id, now, session))
+        elif find(connection, cli_id) is None:
+            # Its last turn goes on under another id, which is deleted with it.
+            connection.execute("INSERT OR IGNORE INTO deleted (id) VALUES (?)", (cli_id,))
 
 
-def touch(
-    connection: sqlite3.Connection, name: str, now: float, parameters: str | None = None
+def finish_turn(
+    connection: sqlite3.Connection,
+    name: str,
+    now: float,
+    cost: float,
+    outcome: str,
+    *,
+    parameters: str,
 ) -> None:
-    """Remember that a session was used, and its parameters if any are given."""
+    """Remember that a turn has ended: what it cost, how it ended, and what it hands on."""
+    spent = cost if math.isfinite(cost) and cost > 0 else 0.0
     with transaction(connection):
-        connection.execute(
-            "UPDATE sessions SET used = ?, parameters = coalesce(?, parameters) WHERE id = ?",
-            (now, parameters, _known(connection, name)),
-        )
+        known = (now, spent, outcome, parameters, _known(connection, name))
+        connection.execute(_FINISH_TURN, known)
 
 
 def set_tip(connection: sqlite3.Connection, name: str, tip: str, conversation: str | None) -> None:
     """Remember with which history a session ends; no name leaves the conversation its own."""
     with transaction(connection):
         connection.execute(_SET_TIP, (tip, conversation, _known(connection, name)))
+
+
+def delete(connection: sqlite3.Connection, name: str, tenant: str) -> SessionRecord | None:
+    """Forget a session of this tenant but for its ids; what it was, or None if there is none."""
+    with transaction(connection):
+        record = find(connection, name)
+        if record is None or record.tenant != tenant:
+            return None
+        connection.execute(_BURY, {"session": record.id})
+        connection.execute("DELETE FROM sessions WHERE id = ?", (record.id,))
+        return record
 
 
 def claim(
@@ -222,16 +297,19 @@ def _record(row: Sequence[Any]) -> SessionRecord:
     return SessionRecord(session, cli_id, workspace, tenant, begun, kept, created, used, *history)
 
 
-def _known(connection: sqlite3.Connection, name: str) -> str:
+def _known(connection: sqlite3.Connection, name: str) -> str | None:
+    """By which id a session is known; None if it is deleted, so that no row is met."""
     found = find(connection, name)
-    if found is None:
-        raise StoreError(f"There is no session {name}.")
-    return found.id
+    if found is not None:
+        return found.id
+    if is_deleted(connection, name):
+        return None
+    raise StoreError(f"There is no session {name}.")
 
 
 def _add_alias(connection: sqlite3.Connection, session: str, alias: str) -> None:
     owner = find(connection, alias)
+    if (owner is not None and owner.id != session) or is_deleted(connection, alias):
+        raise StoreError(f"The session id {alias} belongs to another session.")
     if owner is None:
         connection.execute("INSERT INTO aliases (alias, session) VALUES (?, ?)", (alias, session))
-    elif owner.id != session:
-        raise StoreError(f"The session id {alias} belongs to another session.")

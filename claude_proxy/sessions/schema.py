@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["VERSION", "StoreError", "damaged", "prepare", "transaction"]
+__all__ = ["PATIENCE", "VERSION", "StoreError", "damaged", "prepare", "transaction"]
 
 # Each entry leads from the version that is its index to the next one; entries are only ever added.
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -45,15 +45,28 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX sessions_by_tip ON sessions (tenant, tip)",
         "CREATE INDEX sessions_by_use ON sessions (used)",
     ),
+    (
+        "ALTER TABLE sessions ADD COLUMN turns INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE sessions ADD COLUMN cost REAL NOT NULL DEFAULT 0",  # in US dollars
+        # How the last turn ended; NULL before the first end.
+        "ALTER TABLE sessions ADD COLUMN outcome TEXT",
+        "CREATE INDEX sessions_by_creation ON sessions (tenant, created, id)",
+        # Every id that a deleted session ever had.
+        "CREATE TABLE deleted (id TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID",
+    ),
 )
 
 VERSION = len(_MIGRATIONS)
 """The version of the database that this program makes and knows."""
 
+PATIENCE = 5000
+"""Milliseconds for which a call waits for another program's lock on the database."""
+
 _PRAGMAS = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
+    "PRAGMA secure_delete = ON",  # what is deleted is not to be found in the file's free pages
     "PRAGMA cache_size = -512",  # KiB: a call touches a few pages, and the system caches the file
 )
 
@@ -91,7 +104,7 @@ def prepare(connection: sqlite3.Connection, named: str) -> None:
     @raise StoreError: it is damaged, or of a newer version.
     @raise sqlite3.Error: it cannot be used, for instance not be written.
     """
-    connection.execute("PRAGMA busy_timeout = 5000")
+    connection.execute(f"PRAGMA busy_timeout = {PATIENCE}")
     _check_version(connection, named)  # first: a newer database is left exactly as it is
     finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if finding != "ok":

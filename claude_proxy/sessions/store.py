@@ -25,10 +25,10 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 from claude_proxy.sessions import records, schema
-from claude_proxy.sessions.records import SessionRecord
+from claude_proxy.sessions.records import Place, SessionRecord
 from claude_proxy.sessions.schema import StoreError
 
-__all__ = ["SessionRecord", "Store", "StoreError"]
+__all__ = ["Place", "SessionRecord", "Store", "StoreError"]
 
 _T = TypeVar("_T")
 
@@ -74,7 +74,9 @@ class Store:
         self._pending = 0
         self._stage = _Stage.FRESH
         self._closers: list[Deferred[None]] = []
-        self._connection: sqlite3.Connection | None = None  # for the store's own thread only
+        # For the store's own thread only:
+        self._connection: sqlite3.Connection | None = None
+        self._impatient = False
 
     def open(self) -> Deferred[None]:
         """
@@ -103,12 +105,28 @@ class Store:
         """The session that has this id, or had it once; None if there is none."""
         return self._ask(partial(records.find, name=session_id))
 
+    def is_deleted(self, session_id: str) -> Deferred[bool]:
+        """Whether a session that was deleted has had this id."""
+        return self._ask(partial(records.is_deleted, name=session_id))
+
+    def page(
+        self, tenant: str, limit: int, before: Place | None = None
+    ) -> Deferred[list[SessionRecord]]:
+        """
+        The tenant's sessions, the newest first.
+
+        @param limit: how many at most.
+        @param before: only those that follow this place in the list; None begins it.
+        """
+        return self._ask(partial(records.page, tenant=tenant, limit=limit, before=before))
+
     def create(self, record: SessionRecord) -> Deferred[None]:
         """
         Remember a new session, or replace what is known of it except when it was created.
 
-        It has no tip then, whatever the record says.  Fails if its id belongs to another tenant,
-        or one of its ids to another session.
+        It has no tip then, and no turns but those that were counted before, whatever the record
+        says.  Fails if its id belongs to another tenant, or one of its ids to another session.  A
+        session that was deleted stays so, also in the methods that follow.
         """
         return self._ask_with(record.parameters, partial(records.create, record=record))
 
@@ -121,16 +139,25 @@ class Store:
         """
         return self._ask(partial(records.begin, name=session_id, cli_id=cli_id, now=now))
 
-    def touch(
-        self, session_id: str, now: float, parameters: Mapping[str, object] | None = None
+    def finish_turn(
+        self,
+        session_id: str,
+        now: float,
+        cost: float,
+        outcome: str,
+        parameters: Mapping[str, object],
     ) -> Deferred[None]:
         """
-        Remember that a session was used, and its parameters if any are given (all of them anew).
+        Remember that a turn of a session has ended.
 
         Fails if there is no such session.
+
+        @param cost: of this turn, in US dollars; what is no amount counts for nothing.
+        @param outcome: how it ended, in a word.
+        @param parameters: what later turns inherit; they replace all that were known.
         """
-        touch = partial(records.touch, name=session_id, now=now)
-        return self._ask(touch) if parameters is None else self._ask_with(parameters, touch)
+        finish = partial(records.finish_turn, name=session_id, now=now, cost=cost, outcome=outcome)
+        return self._ask_with(parameters, finish)
 
     def set_tip(self, session_id: str, tip: str, conversation: str | None) -> Deferred[None]:
         """
@@ -172,6 +199,14 @@ class Store:
         """Give a session its tip back, unless the CLI has taken it up since it was claimed."""
         return self._ask(partial(records.unclaim, name=session_id, tip=tip))
 
+    def delete(self, session_id: str, tenant: str) -> Deferred[SessionRecord | None]:
+        """
+        Forget a session, if it is this tenant's; what it was, or None if there is none.
+
+        All its ids stay known as deleted, also when sessions are pruned.
+        """
+        return self._ask(partial(records.delete, name=session_id, tenant=tenant))
+
     def prune(self, before: float, keep: int) -> Deferred[int]:
         """
         Forget sessions, with all their ids; how many it were.
@@ -206,7 +241,7 @@ class Store:
             return fail(StoreError("The state store is not open."))
         if self._pending >= self._max_pending:
             return fail(StoreError("The state store is too slow: too many calls wait for it."))
-        return self._submit(lambda: job(self._opened()))
+        return self._submit(lambda: self._patiently(job))
 
     def _ask_with(
         self, parameters: Mapping[str, object], job: Callable[..., None]
@@ -245,13 +280,30 @@ class Store:
         except (msgspec.MsgspecError, UnicodeError) as error:
             raise StoreError(f"{self._named()} cannot hold or give a value: {error}.") from error
 
+    def _patiently(self, job: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Wait for locks, but not for one that has outlasted our patience until it is gone."""
+        connection = self._opened()
+        before = connection.total_changes
+        try:
+            result = job(connection)
+        except sqlite3.OperationalError as error:
+            if not self._impatient and _code(error) == sqlite3.SQLITE_BUSY:
+                # Every call behind this one would wait as long, and turns for theirs.
+                self._be_patient(connection, milliseconds=0)
+            raise
+        if self._impatient and connection.total_changes > before:
+            self._be_patient(connection, milliseconds=schema.PATIENCE)
+        return result
+
+    def _be_patient(self, connection: sqlite3.Connection, *, milliseconds: int) -> None:
+        self._impatient = milliseconds == 0
+        connection.execute(f"PRAGMA busy_timeout = {milliseconds}")
+
     def _named(self) -> str:
         return "The state database" + ("" if self._path is None else f" {self._path}")
 
     def _explained(self, error: sqlite3.Error) -> StoreError:
-        # Errors of the module itself have no code; extended codes keep the plain one below.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+        if _code(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
             return schema.damaged(self._named(), str(error))
         what = str(error).split(" with text ")[0]  # what follows is a column's content
         return StoreError(
@@ -282,10 +334,15 @@ class Store:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        try:
+        with suppress(sqlite3.Error):  # what stays in the journal is read at the next start
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            connection.close()
+        connection.close()
+
+
+def _code(error: sqlite3.Error) -> int:
+    # Errors of the module itself have no code; extended codes keep the plain one below.
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    return code & 0xFF
 
 
 def _make_private_file(path: Path) -> None:

@@ -20,11 +20,12 @@ from twisted.python.failure import Failure as TwistedFailure
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from claude_proxy.cli.catalogue import ModelCatalogue
-from claude_proxy.dialects import chat, history, models, native
+from claude_proxy.dialects import chat, history, listing, models, native
 from claude_proxy.dialects.completion import Activity, ChatAnswer, ChatStream
 from claude_proxy.dialects.passthrough import NativeAnswer, NativeStream
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.executor import Executor
+from claude_proxy.sessions.register import SessionRegister
 from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.web.health import HealthReport
 from claude_proxy.web.site import (
@@ -76,6 +77,7 @@ class Api:
     def __init__(
         self,
         executor: Executor,
+        register: SessionRegister,
         health: HealthReport,
         clock: IReactorTime,
         *,
@@ -85,11 +87,13 @@ class Api:
         catalogue: ModelCatalogue,
     ) -> None:
         """
+        @param register: the sessions, for those who ask for them by name.
         @param stall_timeout: seconds for which a client may take nothing of its answer.
         @param in_thread: runs what takes long.
         @param catalogue: knows which models the CLI names.
         """
         self._executor = executor
+        self._register = register
         self._health = health
         self._clock = clock
         self._stall_timeout = stall_timeout
@@ -229,6 +233,29 @@ class Api:
         body = models.model_entry(name, self._chat_rules.aliases, known, self._started)
         return prepare_json(request, 200, body)
 
+    @app.route("/api/sessions", methods=["GET"])
+    async def list_sessions(self, request: ProxyRequest) -> bytes:
+        asked = listing.decode_query(request.args or {})
+        page = await self._register.page(request.tenant or "", asked.limit, asked.before)
+        sessions = [(entry.record, entry.state) for entry in page.entries]
+        return prepare_json(request, 200, listing.encode_page(sessions, page.end))
+
+    @app.route("/api/sessions/<name>", methods=["GET"])
+    async def one_session(self, request: ProxyRequest, name: str) -> bytes:
+        entry = await self._register.get(request.tenant or "", name)
+        return _of_session(request, name, listing.encode_session(entry.record, entry.state))
+
+    @app.route("/api/sessions/<name>/interrupt", methods=["POST"])
+    async def interrupt_session(self, request: ProxyRequest, name: str) -> bytes:
+        interrupted = await self._register.interrupt(request.tenant or "", name, request.request_id)
+        body = msgspec.json.encode({"id": name, "interrupted": interrupted})
+        return _of_session(request, name, body)
+
+    @app.route("/api/sessions/<name>", methods=["DELETE"])
+    async def delete_session(self, request: ProxyRequest, name: str) -> bytes:
+        record = await self._register.delete(request.tenant or "", name, request.request_id)
+        return _of_session(request, name, listing.encode_deleted(record))
+
     @app.handle_errors(ProxyError)  # type: ignore[arg-type]  # this site makes ProxyRequests only
     def failed(self, request: ProxyRequest, failure: TwistedFailure) -> bytes:
         error = failure.value
@@ -246,7 +273,8 @@ class Api:
     def not_found(self, request: ProxyRequest, _failure: TwistedFailure) -> bytes:
         message = (
             "There is nothing at this path. This server has POST /v1/chat/completions, "
-            "GET /v1/models, GET /v1/models/ID, POST /api/claude and GET /health."
+            "GET /v1/models, GET /v1/models/ID, POST /api/claude, GET /api/sessions, GET and "
+            "DELETE /api/sessions/ID, POST /api/sessions/ID/interrupt and GET /health."
         )
         return prepare_error(request, ProxyError(Failure.NOT_FOUND, message))
 
@@ -259,6 +287,12 @@ class Api:
             request_id=request.request_id,
         )
         return prepare_error(request, ProxyError(Failure.INTERNAL_ERROR))
+
+
+def _of_session(request: ProxyRequest, session_id: str, body: bytes) -> bytes:
+    """Answer about a session by one of the ids that it has."""
+    request.setHeader(b"X-Claude-Session-Id", session_id.encode())
+    return prepare_json(request, 200, body)
 
 
 def _conversation(request: ProxyRequest) -> str | None:
