@@ -28,6 +28,7 @@ from claude_proxy.cli.command import (
     initialize_fields,
     launch_prefix,
     resolve_program,
+    turn_requests,
 )
 from claude_proxy.cli.versions import Capabilities, capabilities_of
 from claude_proxy.errors import Failure, ProxyError
@@ -70,9 +71,12 @@ def argv(
     mcp_config: str | None = None,
     *,
     hooks: bool = False,
+    reusable: bool = False,
 ) -> list[str]:
     """The argument vector without what it always begins with."""
-    built = build_argv(CLI, key, settings, start, can, mcp_config=mcp_config, hooks=hooks)
+    built = build_argv(
+        CLI, key, settings, start, can, mcp_config=mcp_config, hooks=hooks, reusable=reusable
+    )
     begin = [*CLI, *USUAL]
     assert built[: len(begin)] == begin
     return built[len(begin) :]
@@ -179,6 +183,32 @@ def test_empty_prompts_are_passed_on_to_a_cli_that_takes_them_as_arguments() -> 
     assert options[-2:] == ["--system-prompt=", "--append-system-prompt="]
 
 
+@pytest.mark.parametrize(
+    ("can", "options"),
+    [
+        (OLD, [*ALL_BUT_PROMPTS, *PROMPTS]),
+        (MIDDLE, [*CAPABLE, "--session-id=new-id", *ALL_BUT_PROMPTS, *PROMPTS]),
+        (
+            NEW,
+            [
+                *CAPABLE,
+                "--session-id=new-id",
+                "--dangerously-skip-permissions",
+                "--disallowedTools=Bash(rm *)",
+                "--disallowedTools=Write",
+                "--mcp-config=/run/mcp.json",
+                "--model=opus",
+                "--max-turns=3",
+            ],
+        ),
+    ],
+)
+def test_a_process_that_may_be_reused_is_started_without_what_belongs_to_a_turn(
+    can: Capabilities, options: list[str]
+) -> None:
+    assert argv(FULL_KEY, FULL, can=can, mcp_config="/run/mcp.json", reusable=True) == options
+
+
 HOSTILE = st.text() | st.sampled_from(
     ["-p", "--dangerously-skip-permissions", "--", "a --b", "x\n--y", "=", "--model=z", "$(id)"]
 )
@@ -270,6 +300,102 @@ def test_a_newer_cli_gets_prompts_and_schema_late(
 def test_what_people_wrote_is_not_in_the_repr() -> None:
     assert repr(FULL) == "<TurnSettings with 2 allowed tools>"
     assert "brief" not in f"{FULL} {[FULL]}"
+
+
+# What is set for each turn.
+
+
+def flags(*rules: str, effort: str | None = None) -> tuple[str, dict[str, Any]]:
+    return (
+        "apply_flag_settings",
+        {"settings": {"permissions": {"allow": list(rules)}, "effortLevel": effort}},
+    )
+
+
+def mode(name: str) -> tuple[str, dict[str, Any]]:
+    return "set_permission_mode", {"mode": name}
+
+
+READS = TurnSettings(allowed_tools=("Read",))
+PLANS = TurnSettings(permission_mode="plan")
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_force", "requests"),
+    [
+        (PLAIN, PLAIN, []),
+        (FULL, PLAIN, [mode("plan"), flags("Bash(git *)", "mcp__a__x", effort="high")]),
+        (FULL, FULL, []),
+        # The whole list, in place of the one before.
+        (TurnSettings(allowed_tools=("Read", "Edit")), READS, [flags("Read", "Edit")]),
+        (TurnSettings(allowed_tools=("Edit",)), READS, [flags("Edit")]),
+        (PLAIN, READS, [flags()]),
+        # What stays the same is sent along with what changes.
+        (TurnSettings(allowed_tools=("Read",), effort="low"), READS, [flags("Read", effort="low")]),
+        (PLAIN, TurnSettings(effort="low"), [flags()]),
+        (TurnSettings(permission_mode="default"), PLANS, [mode("default")]),
+        (PLANS, READS, [mode("plan"), flags()]),
+        (PLAIN, PLANS, []),
+        # Prompts are not set for a turn.
+        (TurnSettings(system_prompt="x", json_schema={}), PLAIN, []),
+    ],
+)
+def test_a_turn_is_set_by_what_differs(
+    settings: TurnSettings, in_force: TurnSettings, requests: list[tuple[str, dict[str, Any]]]
+) -> None:
+    assert turn_requests(settings, in_force) == requests
+
+
+def test_no_mode_takes_away_what_a_process_was_started_with() -> None:
+    full = turn_requests(FULL, PLAIN, skip_permissions=True)
+    assert full == [flags("Bash(git *)", "mcp__a__x", effort="high")]
+    assert turn_requests(PLANS, PLAIN, skip_permissions=True) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "rules"),
+    [
+        ("Read", ["Read"]),
+        ("Read,Write", ["Read", "Write"]),
+        (" Read , Write  Edit,", ["Read", "Write", "Edit"]),
+        ("Bash(git log, git show),Read", ["Bash(git log, git show)", "Read"]),
+        ("Bash(git *) Read", ["Bash(git *)", "Read"]),
+        ("mcp__a__x", ["mcp__a__x"]),
+        ("Write()", ["Write"]),
+        ("Write\n", ["Write"]),
+        ("Bash(a)b c", ["Bash(a)b", "c"]),
+        # Parentheses are not counted: the first closing one closes.
+        ("Bash(echo (a) b)", ["Bash(echo (a)", "b)"]),
+        ("Bash(never, closed", ["Bash(never, closed"]),
+        ("a)b,c", ["a)b", "c"]),
+        ("", []),
+        (" , ", []),
+    ],
+)
+def test_rules_are_split_as_the_cli_splits_its_arguments(value: str, rules: list[str]) -> None:
+    settings = TurnSettings(allowed_tools=(value, "Last"))
+    assert turn_requests(settings, PLAIN) == [flags(*rules, "Last")]
+
+
+def split_by_hand(value: str) -> list[str]:
+    """Character by character, as the CLI does it."""
+    rules, rule, inside = [], "", False
+    for character in value:
+        if character in ", " and not inside:
+            rules.append(rule)
+            rule = ""
+            continue
+        rule += character
+        inside = character == "(" or (inside and character != ")")
+    return [text.strip() for text in [*rules, rule] if text.strip()]
+
+
+@given(st.lists(HOSTILE | st.text("(), ab\n*:"), max_size=3))
+def test_hostile_rules_are_split_so_too(values: list[str]) -> None:
+    expected = [rule.removesuffix("()") for value in values for rule in split_by_hand(value)]
+    requests = turn_requests(TurnSettings(allowed_tools=tuple(values)), PLAIN)
+    wanted = [rule for rule in expected if rule]
+    assert requests == ([flags(*wanted)] if wanted else [])
 
 
 # What a version lacks.

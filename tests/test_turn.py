@@ -13,7 +13,9 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from claude_proxy.cli.events import Event, parse_event
+from claude_proxy.cli.figures import ProcessTotals
 from claude_proxy.cli.outcomes import Ending, Figures, Outcome, OutcomeKind
+from claude_proxy.cli.pairing import Pairing
 from claude_proxy.cli.turn import Limits, Turn
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IAgentListener, ITurnObserver
@@ -99,6 +101,10 @@ class Play:
             Limits(TOTAL, INACTIVITY),
             requested=self.clock.seconds(),
             begun=self.begun.append,
+            noticed=lambda _event: None,
+            pairing=Pairing("uuid", fresh=True, cautious=False, is_command=False),
+            totals=ProcessTotals(),
+            keeps=False,
         )
         self.turn.done.addCallback(self.outcomes.append)
         self.clock.advance(2)

@@ -15,6 +15,7 @@ FLAGS = (
     "strict_mcp",
     "settings",
     "effort",
+    "live",
     "late_prompts",
     "rule_commas",
     "transcripts",
@@ -23,7 +24,7 @@ FLAGS = (
 )
 OLDER: set[str] = set()
 OLD = {"transcripts"}
-MIDDLE = set(FLAGS) - {"effort", "late_prompts", "drops_blank_text"}
+MIDDLE = set(FLAGS) - {"effort", "live", "late_prompts", "drops_blank_text"}
 NEW = set(FLAGS)
 
 

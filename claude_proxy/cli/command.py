@@ -34,12 +34,16 @@ __all__ = [
     "initialize_fields",
     "launch_prefix",
     "resolve_program",
+    "turn_requests",
 ]
 
 MARKER = "CLAUDE_PROXY_AGENT"
 """The environment variable that marks every process of ours and all that it starts."""
 
 _COMMA_INSIDE = re.compile(r"\([^)]*,")
+
+# An opening parenthesis protects all up to the first closing one.
+_RULE = re.compile(r"(?:\([^)]*(?:\)|$)|[^(, ])+")
 
 _LEAST_THINKING = 1024
 """The fewest tokens that the Messages API takes as a budget for thinking."""
@@ -163,13 +167,17 @@ def build_argv(
     *,
     mcp_config: str | None,
     hooks: bool,
+    reusable: bool = False,
 ) -> list[str]:
     """
     Build the CLI's argument vector, the program first.
 
     @param mcp_config: path of the file that describes `key.mcp_servers`, or None without any.
     @param hooks: whether the workspace's own hooks may run.
+    @param reusable: leave out what `turn_requests` sets, because a process keeps for good what it
+        is started with.  A CLI that cannot serve several turns gets it all the same.
     """
+    reusable = reusable and can.live
     argv = [*cli, "-p", "--verbose", "--input-format=stream-json", "--output-format=stream-json"]
     switches = {
         "--include-partial-messages": can.partial_messages,
@@ -179,12 +187,12 @@ def build_argv(
     }
     argv += [option for option, wanted in switches.items() if wanted]
     argv += _session_options(start, can)
-    argv += _permission_options(key, settings)
+    argv += _permission_options(key, settings, reusable=reusable)
     values: dict[str, str | int | None] = {
         "--mcp-config": mcp_config,
         "--model": key.model,
         "--max-turns": key.max_turns,
-        "--effort": settings.effort,
+        "--effort": None if reusable else settings.effort,
     }
     if not can.late_prompts:
         values["--system-prompt"] = settings.system_prompt
@@ -204,13 +212,14 @@ def _session_options(start: SessionStart, can: Capabilities) -> list[str]:
     return [f"--resume={start.source}", *fork]
 
 
-def _permission_options(key: LaunchKey, settings: TurnSettings) -> list[str]:
+def _permission_options(key: LaunchKey, settings: TurnSettings, *, reusable: bool) -> list[str]:
     argv = []
     if key.skip_permissions:
         argv.append("--dangerously-skip-permissions")
-    if settings.permission_mode is not None:
-        argv.append(f"--permission-mode={settings.permission_mode}")
-    argv += [f"--allowedTools={rule}" for rule in settings.allowed_tools]
+    if not reusable:
+        if settings.permission_mode is not None:
+            argv.append(f"--permission-mode={settings.permission_mode}")
+        argv += [f"--allowedTools={rule}" for rule in settings.allowed_tools]
     argv += [f"--disallowedTools={rule}" for rule in key.disallowed_tools]
     return argv
 
@@ -227,6 +236,49 @@ def initialize_fields(settings: TurnSettings, can: Capabilities) -> dict[str, An
     if settings.json_schema is not None:
         fields["jsonSchema"] = settings.json_schema
     return fields
+
+
+def turn_requests(
+    settings: TurnSettings, in_force: TurnSettings, *, skip_permissions: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
+    """
+    The control requests that set a turn, to be sent right before its message: subtypes and fields.
+
+    They are for a process that was started as reusable.  Only what differs is sent: the CLI takes
+    10 ms for a change of rules or effort.  The list of rules is always the whole list, and an
+    effort that is not wanted any more is taken back.
+
+    @param in_force: what holds in the process now; ``TurnSettings()`` before its first turn.
+    @param skip_permissions: the process was started so.  It stays in the mode
+        ``bypassPermissions``, which is possible only then, as a CLI does that gets both in its
+        arguments.
+    """
+    requests: list[tuple[str, dict[str, Any]]] = []
+    mode = settings.permission_mode
+    # There is no request for "none": what that means is for the caller to know.
+    if mode is not None and mode != in_force.permission_mode and not skip_permissions:
+        requests.append(("set_permission_mode", {"mode": mode}))
+    flags = _flag_settings(settings)
+    if flags != _flag_settings(in_force):
+        requests.append(("apply_flag_settings", {"settings": flags}))
+    return requests
+
+
+def _flag_settings(settings: TurnSettings) -> dict[str, Any]:
+    """The rules and the effort; a null takes an effort back."""
+    rules = [rule for value in settings.allowed_tools for rule in _split_rules(value)]
+    return {"permissions": {"allow": rules}, "effortLevel": settings.effort}
+
+
+def _split_rules(value: str) -> list[str]:
+    """
+    The rules that the CLI finds in one ``--allowedTools``; in its settings it takes them as they
+    are, and would find none in ``Read,Write``.
+
+    It splits at commas and blanks that are in no parentheses, and does not count parentheses.
+    """
+    rules = (part.strip().removesuffix("()") for part in _RULE.findall(value))
+    return [rule for rule in rules if rule]
 
 
 def build_environment(

@@ -64,21 +64,24 @@ class AgentProcess(ProcessProtocol):
         kill_timeout: float,
         line_limit: int,
         log_context: dict[str, object],
+        heard: Callable[[], None] = lambda: None,
     ) -> None:
         """
         @param has_control: it takes control requests.
         @param kill_timeout: seconds between TERM and KILL.
         @param line_limit: longest line accepted from it, in bytes.
         @param log_context: fields for every log record about it.
+        @param heard: called once, when it says its first word or exits.
         """
         self.pid: int | None = None
         self._clock = clock
         self._listener = listener
-        self._has_control = has_control
+        self.has_control = has_control
         self._kill_timeout = kill_timeout
         self._framer = LineFramer(line_limit)
         self._lifecycle = Lifecycle()
-        self._log_context = log_context
+        self.log_context = log_context
+        self._heard: Callable[[], None] | None = heard
         self._wait_timer: IDelayedCall | None = None
         self._paused = False
         self._discarding = False
@@ -105,6 +108,14 @@ class AgentProcess(ProcessProtocol):
         gone: Deferred[None] = Deferred()
         self._gone.append(gone)
         return gone
+
+    def attach(self, listener: IAgentListener) -> None:
+        """Tell somebody else from now on what it says."""
+        self._listener = listener
+
+    def describe(self, **fields: object) -> None:
+        """Have these fields in its log records from now on."""
+        self.log_context.update(fields)
 
     def write(self, data: bytes) -> None:
         """Write to its stdin; a process that is gone takes nothing any more."""
@@ -134,7 +145,7 @@ class AgentProcess(ProcessProtocol):
 
     def stop(self) -> None:
         """Make it end, politely first; what it still writes is read and dropped."""
-        self._happened(Input.STOP if self._has_control else Input.TERMINATE)
+        self._happened(Input.STOP if self.has_control else Input.TERMINATE)
 
     def pause(self) -> None:
         """Stop reading its stdout, so that it blocks when the pipe is full.  stderr is read on."""
@@ -157,6 +168,7 @@ class AgentProcess(ProcessProtocol):
 
     def outReceived(self, data: bytes) -> None:
         self._last_output = self._clock.seconds()
+        self._was_heard()
         if self._fault is not None:
             return
         try:
@@ -177,6 +189,7 @@ class AgentProcess(ProcessProtocol):
         self._happened(Input.HUNG_UP)
 
     def processExited(self, reason: TwistedFailure) -> None:
+        self._was_heard()
         self._reason = reason
         self._happened(Input.EXITED)
 
@@ -189,6 +202,11 @@ class AgentProcess(ProcessProtocol):
         self._happened(Input.ENDED)
 
     # What becomes of it.
+
+    def _was_heard(self) -> None:
+        heard, self._heard = self._heard, None
+        if heard is not None:
+            heard()
 
     def _lines_received(self, lines: list[bytes]) -> None:
         events = []
@@ -214,7 +232,7 @@ class AgentProcess(ProcessProtocol):
                 type="stray_output",
                 length=len(line) - (len(event.line) if event is not None else 0),
                 pid=self.pid,
-                **self._log_context,
+                **self.log_context,
             )
         return event
 
@@ -236,7 +254,7 @@ class AgentProcess(ProcessProtocol):
                 control_id=answer.request_id,
                 error=answer.error,
                 pid=self.pid,
-                **self._log_context,
+                **self.log_context,
             )
         answered = self._unanswered.pop(answer.request_id, None)
         if answered is not None:
@@ -302,7 +320,7 @@ class AgentProcess(ProcessProtocol):
             type="process_signal",
             signal=number.name,
             pid=self.pid,
-            **self._log_context,
+            **self.log_context,
         )
         with suppress(ProcessLookupError, PermissionError, ProcessExitedAlready):
             os.killpg(self.pid, number)
@@ -336,7 +354,7 @@ class AgentProcess(ProcessProtocol):
             type="process_exit",
             pid=self.pid,
             ending=ending.describe(),
-            **self._log_context,
+            **self.log_context,
         )
         self._listener.agent_ended(ending)
         waiting, self._gone = self._gone, []

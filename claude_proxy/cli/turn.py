@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from claude_proxy.cli.events import Event
+from claude_proxy.cli.figures import ProcessTotals, turn_result
 from claude_proxy.cli.outcomes import (
     Ending,
     Figures,
@@ -26,11 +27,16 @@ from claude_proxy.cli.outcomes import (
     outcome_of_ending,
     outcome_of_result,
 )
+from claude_proxy.cli.pairing import Pairing
 from claude_proxy.cli.process import AgentProcess
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IAgentListener, ITurnObserver
 
 __all__ = ["Limits", "Turn"]
+
+
+_RESULT_WAIT = 5.0
+"""Seconds that an interrupted turn may take to its result; the CLI takes some 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class Turn:
     Follows one turn and ends it exactly once.
 
     @ivar done: fires with the `Outcome`; never fails.
+    @ivar totals: what the process has reported so far.
     """
 
     _log = Logger(namespace="claude_proxy.cli")
@@ -66,10 +73,18 @@ class Turn:
         *,
         requested: float,
         begun: Callable[[str | None], None],
+        noticed: Callable[[Event], None],
+        pairing: Pairing,
+        totals: ProcessTotals,
+        keeps: bool,
     ) -> None:
         """
         @param requested: when the request came, by `clock`: figures count from then.
         @param begun: called with the session's id when the CLI has taken the message.
+        @param noticed: called with each event about the process as a whole.
+        @param pairing: tells which events are the turn's own.
+        @param totals: what the process has reported before.
+        @param keeps: the process may stay after its result; whoever asked for the turn decides.
         """
         self.done: Deferred[Outcome] = Deferred()
         self._clock = clock
@@ -77,6 +92,10 @@ class Turn:
         self._limits = limits
         self._requested = requested
         self._begun: Callable[[str | None], None] | None = begun
+        self._noticed = noticed
+        self._pairing = pairing
+        self._keeps = keeps
+        self.totals = totals
         self._state = _State.WAITING
         self._agent: AgentProcess | None = None
         self._session_id: str | None = None
@@ -87,6 +106,7 @@ class Turn:
         self._last_heard = 0.0
         self._total_timer: IDelayedCall | None = None
         self._inactivity_timer: IDelayedCall | None = None
+        self._result_timer: IDelayedCall | None = None
 
     def start(self, agent: AgentProcess, lines: bytes) -> None:
         """Send the message; from now on the clocks run."""
@@ -105,6 +125,26 @@ class Turn:
         if self._agent is not None:
             self._agent.stop()
 
+    def interrupt(self) -> bool:
+        """
+        Ask the CLI to end the turn with a result; False if no turn runs.
+
+        One that takes no such request, or gives no result in time, is stopped.
+        """
+        if self._state is _State.ENDED or self._agent is None:
+            return False
+        if not self._agent.has_control:
+            self._interrupted_in_vain()
+        elif self._result_timer is None:
+            self._agent.request("interrupt")
+            self._result_timer = self._clock.callLater(_RESULT_WAIT, self._interrupted_in_vain)
+        return True
+
+    def _interrupted_in_vain(self) -> None:
+        self._result_timer = None
+        message = "The turn was interrupted, and the Claude CLI ended it without a result."
+        self.stop(ProxyError(Failure.CLI_FAILED, message))
+
     def pause(self) -> None:
         """The client is slow: read nothing, and do not count the silence against the CLI."""
         if self._state is not _State.ENDED and self._agent is not None:
@@ -121,16 +161,17 @@ class Turn:
     # What the agent process tells.
 
     def events_received(self, events: list[Event]) -> None:
-        if self._state is _State.ENDED:
-            return
         now = self._last_heard = self._clock.seconds()
+        events = self._sort(events)
+        if not events:
+            return
         if self._state is _State.WAITING:
             self._state = _State.RUNNING
             self._figures = replace(self._figures, first_event=now - self._requested)
         for position, event in enumerate(events):
             if event.type == "stream_event" or event.type == "assistant":  # noqa: PLR1714 - hot
-                if self._figures.first_token is None and _has_content(event):
-                    self._figures = replace(self._figures, first_token=now - self._requested)
+                if self._figures.first_token is None or event.type == "assistant":
+                    self._content_received(event, now)
             elif event.type == "result":
                 self._result_received(events[: position + 1])
                 return
@@ -140,6 +181,15 @@ class Turn:
             elif event.type == "rate_limit_event":
                 self._limit_received(event)
         self._deliver(events)
+
+    def _sort(self, events: list[Event]) -> list[Event]:
+        """The turn's own events; what others cost is not its cost."""
+        if self._state is _State.ENDED:
+            return []
+        own = self._pairing.sort(events)
+        while self._pairing.foreign_results:
+            _, self.totals = turn_result(self._pairing.foreign_results.pop(0), self.totals)
+        return own
 
     def agent_ended(self, ending: Ending) -> None:
         if self._state is not _State.ENDED:
@@ -152,8 +202,15 @@ class Turn:
             self._log.failure("events could not be passed on", type="internal_error")
             self.stop(ProxyError(Failure.INTERNAL_ERROR))
 
+    def _content_received(self, event: Event, now: float) -> None:
+        if event.type == "assistant":
+            self._noticed(event)
+        if self._figures.first_token is None and _has_content(event):
+            self._figures = replace(self._figures, first_token=now - self._requested)
+
     def _system_received(self, event: Event, so_far: list[Event]) -> bool:
         """Take note of what concerns the turn as a whole; False if it ended here."""
+        self._noticed(event)
         if event.subtype == "init":
             self._session_id = event.session_id
             if self._begun is not None:
@@ -180,12 +237,13 @@ class Turn:
             self._deliver(before)
         if self._state is _State.ENDED:
             return
+        result, self.totals = turn_result(result, self.totals)
         outcome = outcome_of_result(result, refused=self._refused, retry_after=self._retry_after)
         self._end(outcome)
         # A client that became slow with these very events is no longer asked, and a process whose
         # output is not read never comes to its end.
         self.resume()
-        if self._agent is not None:
+        if self._agent is not None and not self._keeps:
             self._agent.finish()
 
     # Its ends.
@@ -214,10 +272,10 @@ class Turn:
 
     def _end(self, outcome: Outcome) -> None:
         self._state = _State.ENDED
-        for timer in (self._total_timer, self._inactivity_timer):
+        for timer in (self._total_timer, self._inactivity_timer, self._result_timer):
             if timer is not None:
                 timer.cancel()
-        self._total_timer = self._inactivity_timer = None
+        self._total_timer = self._inactivity_timer = self._result_timer = None
         session_id = outcome.session_id or self._session_id
         self.done.callback(replace(outcome, figures=self._figures, session_id=session_id))
 

@@ -30,6 +30,8 @@ class Capabilities:
     @ivar strict_mcp: ``--strict-mcp-config``.
     @ivar settings: ``--settings`` (there are hooks that it can switch off).
     @ivar effort: ``--effort``.
+    @ivar live: a process can serve several turns: what belongs to a turn can be set, and taken
+        back, by control requests (``apply_flag_settings``).
     @ivar late_prompts: system prompts and the JSON schema in ``initialize`` instead of argv.
     @ivar rule_commas: a comma inside the parentheses of a tool rule does not end the rule.
     @ivar transcripts: it resumes a transcript that was written for it.
@@ -51,6 +53,7 @@ class Capabilities:
     strict_mcp: bool = False
     settings: bool = False
     effort: bool = False
+    live: bool = False
     late_prompts: bool = False
     rule_commas: bool = False
     transcripts: bool = False
@@ -81,6 +84,7 @@ _V2_1_197 = replace(
     _V1_0_128,
     version="2.1.197",
     effort=True,
+    live=True,
     late_prompts=True,
     drops_blank_text=True,
     folder_limit=200,
