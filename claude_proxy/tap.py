@@ -29,10 +29,11 @@ from claude_proxy.service import ProxyService
 from claude_proxy.sessions.book import SessionBook
 from claude_proxy.sessions.context import RunContext, RunSettings
 from claude_proxy.sessions.executor import Executor
-from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpConfigError, McpServers
+from claude_proxy.sessions.register import SessionRegister
 from claude_proxy.sessions.statelock import StateInUse, StateLock
 from claude_proxy.sessions.store import Store
+from claude_proxy.sessions.waiting import WaitingRoom
 from claude_proxy.sessions.workspaces import Workspaces
 from claude_proxy.settings import (
     SETTINGS,
@@ -191,6 +192,7 @@ class _Builder:
         catalogue = self._catalogue(executor.context, run_directory)
         api = Api(
             executor,
+            SessionRegister(book, executor),
             self._health(),
             reactor,
             stall_timeout=settings.client_stall_timeout,
@@ -255,13 +257,14 @@ class _Builder:
                 workspace_hooks=settings.workspace_hooks,
                 run_directory=run,
                 marker=f"{state_id}.{run_id}",
+                concurrent_turns=settings.max_concurrent_turns,
+                starts_at_once=4 * (os.cpu_count() or 1),
+                spare_processes=settings.spare_processes,
+                live_sessions=settings.live_sessions,
+                live_idle=settings.live_idle,
             ),
             book=book,
-            leases=Leases(
-                self._reactor,
-                queue_length=settings.queue_length,
-                queue_timeout=settings.queue_timeout,
-            ),
+            waiting_room=WaitingRoom(settings.queue_length, settings.queue_timeout),
             workspaces=self._workspaces,
             mcp=self._mcp,
             probe=self._probe,

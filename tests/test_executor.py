@@ -30,9 +30,9 @@ from claude_proxy.interfaces import IRunningTurn, ITurnObserver
 from claude_proxy.sessions.book import SessionBook
 from claude_proxy.sessions.context import RunContext, RunSettings
 from claude_proxy.sessions.executor import Executor
-from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpServers
 from claude_proxy.sessions.turns import TurnRequest
+from claude_proxy.sessions.waiting import WaitingRoom
 from claude_proxy.sessions.workspaces import Workspaces
 from tests.support import FakeChild, FakeReactor, inline_store, result_of
 
@@ -112,14 +112,21 @@ class SweepList(Sweeper):
 class World:
     """An executor with all that it needs."""
 
-    def __init__(self, folder: Path, can: Capabilities = NEW, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        can: Capabilities = NEW,
+        *,
+        live: int = 0,
+        spares: int = 0,
+        **environment: str,
+    ) -> None:
         self.reactor = FakeReactor()
         self.run_directory = folder / "run"
         self.run_directory.mkdir(mode=0o700)
         (folder / "mcp.json").write_text(MCP)
         self.base = folder / "base"
         self.store = inline_store()
-        self.leases = Leases(self.reactor, queue_length=2, queue_timeout=30)
         self.probe = Probe(self.reactor, can)
         self.sweeper = SweepList(self.reactor)
         self.context = RunContext(
@@ -129,24 +136,32 @@ class World:
                 limits=Limits(total=100, inactivity=50),
                 kill_timeout=5,
                 line_limit=1024 * 1024,
-                environment={"PATH": "/usr/bin:relative", "HOME": "/root", **environment},
+                environment={"PATH": "/usr/bin:relative", "HOME": "/root"} | environment,
                 allow_skip_permissions=True,
                 workspace_hooks=False,
                 run_directory=self.run_directory,
                 marker="state.run",
+                concurrent_turns=16,
+                starts_at_once=8,
+                spare_processes=spares,
+                live_sessions=live,
+                live_idle=300,
             ),
             book=SessionBook(self.store, adopt_unknown=False, now=lambda: 1000.0),
-            leases=self.leases,
+            waiting_room=WaitingRoom(2, 30),
             workspaces=Workspaces(self.base),
             mcp=McpServers(folder / "mcp.json", named=True),
             probe=self.probe,
             sweeper=self.sweeper,
         )
+        self.leases = self.context.leases
         self.executor = Executor(self.context)
 
     def ask(self, **fields: Any) -> tuple[IRunningTurn, Observer]:
         observer = Observer()
-        return self.executor.run(replace(ASK, **fields), observer), observer
+        turn = self.executor.run(replace(ASK, **fields), observer)
+        self.reactor.advance(0)  # starts are paced: the next one may begin
+        return turn, observer
 
     @property
     def children(self) -> list[FakeChild]:
@@ -157,6 +172,7 @@ class World:
         child.says(init(session), result(session))
         assert child.stdin_closed
         child.exits()
+        self.reactor.advance(0)
 
     def session(self) -> str:
         """Begin a session, end its first turn, and say its id."""
@@ -167,6 +183,7 @@ class World:
 
     def is_idle(self) -> bool:
         """Whether nothing is held, awaited, scheduled or left in the run directory."""
+        self.reactor.advance(0)
         return (
             self.executor.running == self.leases.held == self.leases.waiting == 0
             and not self.reactor.getDelayedCalls()

@@ -17,8 +17,13 @@ from claude_proxy.cli.sweep import Sweeper
 from claude_proxy.cli.turn import Limits
 from claude_proxy.sessions.agentfiles import AgentFiles
 from claude_proxy.sessions.book import SessionBook
+from claude_proxy.sessions.capacity import Capacity
 from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpServers
+from claude_proxy.sessions.pacing import Pace
+from claude_proxy.sessions.pool import Agent, AgentPool
+from claude_proxy.sessions.spares import Spares
+from claude_proxy.sessions.waiting import WaitingRoom
 from claude_proxy.sessions.workspaces import Workspaces
 
 __all__ = ["COME_BACK", "RunContext", "RunSettings"]
@@ -37,6 +42,11 @@ class RunSettings:
     @ivar environment: what agent processes see, before our marker.
     @ivar line_limit: longest line accepted from an agent process, in bytes.
     @ivar run_directory: a private directory of this run, for files that agent processes read.
+    @ivar concurrent_turns: how many turns may run at once.
+    @ivar starts_at_once: how many agent processes may be starting at a time.
+    @ivar spare_processes: how many agent processes are started ahead of need.
+    @ivar live_sessions: how many agent processes may wait for their sessions' next turns.
+    @ivar live_idle: seconds for which each may.
     @ivar marker: the beginning of the marker of every agent process of this run.
     """
 
@@ -48,16 +58,23 @@ class RunSettings:
     workspace_hooks: bool
     run_directory: Path
     marker: str
+    concurrent_turns: int
+    starts_at_once: int
+    spare_processes: int
+    live_sessions: int
+    live_idle: float
 
 
 class RunContext:
     """
     What all runs share: the settings, and those who do the work.
 
+    @ivar spares: the processes that are started ahead of need; set by the executor.
     @ivar learn: told the version of the CLI and what each process says of itself at its start.
     """
 
     log = Logger(namespace="claude_proxy.sessions")
+    spares: Spares
 
     def __init__(
         self,
@@ -66,7 +83,7 @@ class RunContext:
         settings: RunSettings,
         *,
         book: SessionBook,
-        leases: Leases,
+        waiting_room: WaitingRoom,
         workspaces: Workspaces,
         mcp: McpServers,
         probe: CliProbe,
@@ -77,13 +94,26 @@ class RunContext:
         self.clock = clock
         self.settings = settings
         self.book = book
-        self.leases = leases
+        self.waiting_room = waiting_room
+        self.leases = Leases(clock, waiting_room=waiting_room)
+        self.capacity = Capacity(clock, turns=settings.concurrent_turns, waiting_room=waiting_room)
+        self.pace = Pace(clock, at_once=settings.starts_at_once)
         self.workspaces = workspaces
         self.mcp = mcp
         self.probe = probe
         self.sweeper = sweeper
         self.files = AgentFiles(self.in_thread, settings.run_directory, settings.environment)
+        self.pool = AgentPool(
+            clock, size=settings.live_sessions, idle=settings.live_idle, gone=self.bury
+        )
         self._processes_started = 0
+
+    async def bury(self, agent: Agent) -> None:
+        """Remove what an agent process leaves that is gone."""
+        self.sweeper.sweep(agent.marker)
+        files, agent.files = agent.files, []
+        for path in files:
+            await self.files.remove(path)
 
     def next_marker(self) -> str:
         """The marker of the next agent process; no two are the same."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from twisted.internet.defer import Deferred, DeferredList
+from zope.interface import implementer
 
 from claude_proxy.errors import Failure, ProxyError
-from claude_proxy.interfaces import IRunningTurn, ITurnObserver
+from claude_proxy.interfaces import IRunningTurn, ISessionControl, ITurnObserver
+from claude_proxy.sessions.agents import make_spares
 from claude_proxy.sessions.context import COME_BACK, RunContext
+from claude_proxy.sessions.deferreds import branch
 from claude_proxy.sessions.run import Run
 from claude_proxy.sessions.turns import TurnRequest
 
 __all__ = ["Executor"]
 
 
+@implementer(ISessionControl)
 class Executor:
     """
     Runs turns.
@@ -25,6 +29,7 @@ class Executor:
         self._runs: dict[Run, Deferred[None]] = {}
         self._closed = False
         self._drained: Deferred[None] | None = None
+        context.spares = make_spares(context, lambda: bool(self._runs))
 
     @property
     def running(self) -> int:
@@ -47,6 +52,35 @@ class Executor:
 
     def _forget(self, _: None, run: Run) -> None:
         del self._runs[run]
+        if not self._runs and not self._closed:
+            self.context.spares.rested()
+
+    # What its owner may ask of a session.
+
+    def state(self, session_id: str) -> str:
+        if self._runs_on(session_id):
+            return "running"
+        return "live" if session_id in self.context.pool else "idle"
+
+    def interrupt(self, session_id: str) -> Deferred[bool]:
+        asked = [run.interrupt() for run in self._runs_on(session_id)]
+        some: Deferred[bool] = DeferredList(asked).addCallback(
+            lambda results: any(interrupted for _, interrupted in results)
+        )
+        return some
+
+    def end(self, session_id: str, reason: ProxyError) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._end(session_id, reason))
+
+    async def _end(self, session_id: str, reason: ProxyError) -> None:
+        runs = self._runs_on(session_id)
+        for run in runs:
+            run.stop(reason)
+        await DeferredList([branch(self._runs[run]) for run in runs if run in self._runs])
+        await self.context.pool.end(session_id)
+
+    def _runs_on(self, session_id: str) -> list[Run]:
+        return [run for run in self._runs if run.is_on(session_id)]
 
     async def shut_down(self, drain: float) -> None:
         """
@@ -55,7 +89,7 @@ class Executor:
         Returns when their processes are gone and what they left behind is swept.
         """
         self._closed = True
-        everything = DeferredList([_branch(work) for work in self._runs.values()])
+        everything = DeferredList([branch(work) for work in self._runs.values()])
         drained: Deferred[None] = Deferred()
         self._drained = drained
         drain_timer = self.context.clock.callLater(drain, self.hurry)
@@ -65,7 +99,9 @@ class Executor:
             drain_timer.cancel()
         for run in list(self._runs):
             run.stop(ProxyError(Failure.SHUTTING_DOWN, retry_after=COME_BACK))
-        await DeferredList([_branch(work) for work in self._runs.values()])
+        await DeferredList([branch(work) for work in self._runs.values()])
+        await self.context.spares.close()
+        await self.context.pool.close()
         await self.context.sweeper.finish()
 
     def hurry(self) -> None:
@@ -73,15 +109,3 @@ class Executor:
         drained, self._drained = self._drained, None
         if drained is not None:
             drained.callback(None)
-
-
-def _branch(work: Deferred[None]) -> Deferred[None]:
-    """A Deferred that fires when `work` has, without touching its result."""
-    branch: Deferred[None] = Deferred()
-
-    def fired(result: None) -> None:
-        branch.callback(None)
-        return result
-
-    work.addBoth(fired)
-    return branch

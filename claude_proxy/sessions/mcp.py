@@ -244,6 +244,7 @@ class McpServers:
     The configuration in force.
 
     @ivar config: read it anew for each request: a reload replaces it.
+    @ivar generation: counts the reloads, so that it is known what an older process was given.
     """
 
     def __init__(self, path: Path, *, named: bool) -> None:
@@ -254,6 +255,7 @@ class McpServers:
         """
         self._path = path
         self._named = named
+        self.generation = 1
         self.config = load_mcp_config(path, named)
 
     def reload(self) -> None:
@@ -263,3 +265,4 @@ class McpServers:
         @raise McpConfigError: it cannot be used; the configuration in force stays.
         """
         self.config = load_mcp_config(self._path, self._named)
+        self.generation += 1

@@ -10,7 +10,7 @@ from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.turns import TurnRequest
 
-__all__ = ["adapt", "check_permissions", "check_supported", "turn_settings"]
+__all__ = ["adapt", "check_permissions", "check_supported", "skips_permissions", "turn_settings"]
 
 _BYPASS_MODE = "bypassPermissions"
 
@@ -60,11 +60,18 @@ def adapt(request: TurnRequest, can: Capabilities) -> TurnRequest:
     return request
 
 
+def skips_permissions(request: TurnRequest) -> bool:
+    """Whether a request skips the CLI's permission prompts, by whichever field."""
+    return request.skip_permissions or request.permission_mode == _BYPASS_MODE
+
+
 def turn_settings(request: TurnRequest) -> command.TurnSettings:
     """What of a request belongs to the turn rather than to the process that runs it."""
+    mode = request.permission_mode
     return command.TurnSettings(
         allowed_tools=(*request.allowed_tools, *request.mcp_tools),
-        permission_mode=request.permission_mode,
+        # This mode is one that a process is started with; it has no other then.
+        permission_mode=mode if mode != _BYPASS_MODE else None,
         effort=request.effort,
         system_prompt=request.system_prompt,
         append_system_prompt=request.append_system_prompt,

@@ -9,31 +9,44 @@ last, when nothing writes to the session any more.
 
 from __future__ import annotations
 
-import errno
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from zope.interface import implementer
 
 from claude_proxy.cli import command, control, prompt, transcript
 from claude_proxy.cli.outcomes import Outcome, OutcomeKind
-from claude_proxy.cli.process import AgentProcess
+from claude_proxy.cli.pairing import Pairing
 from claude_proxy.cli.turn import Turn
 from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IRunningTurn, ITurnObserver
+from claude_proxy.sessions import agents
 from claude_proxy.sessions.book import Plan
-from claude_proxy.sessions.context import COME_BACK, RunContext
+from claude_proxy.sessions.capacity import Slot
+from claude_proxy.sessions.context import RunContext
+from claude_proxy.sessions.deferreds import branch
 from claude_proxy.sessions.leases import Lease
-from claude_proxy.sessions.policy import adapt, check_permissions, check_supported, turn_settings
+from claude_proxy.sessions.policy import (
+    adapt,
+    check_permissions,
+    check_supported,
+    skips_permissions,
+    turn_settings,
+)
+from claude_proxy.sessions.pool import Agent, Setup, can_be_set, changes, notice
 from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.sessions.workspaces import check_name
 
 __all__ = ["Run"]
+
+_T = TypeVar("_T")
 
 
 @implementer(IRunningTurn)
@@ -48,13 +61,15 @@ class Run:
         self._log = context.log
         self._work: Deferred[None] = Deferred()
         self._turn: Turn | None = None
-        self._agents: list[tuple[AgentProcess, str]] = []
+        self._agents: list[Agent] = []
         self._kept: str | None = None
         self._log_context: dict[str, object] = {}
         self._stop_reason: ProxyError | None = None
         self._reported = False
         self._asked = request
-        self._lost = self._unwanted = False
+        self._lost = self._unwanted = self._stopped = False
+        self._lease_key: str | None = None
+        self._patience = context.waiting_room.patience
         self._workspace: str | None = None
         self._transcript: Path | None = None
 
@@ -63,7 +78,24 @@ class Run:
         self._work = Deferred.fromCoroutine(self._run())
         return self._work
 
+    def is_on(self, session: str) -> bool:
+        """Whether the turn has, or will have, the lease of this session."""
+        return session in (self._kept, self._lease_key)
+
+    def interrupt(self) -> Deferred[bool]:
+        """
+        Have the CLI end its turn with a result of its own.
+
+        @return: fires with True when all of the turn is over; with False at once if none runs.
+        """
+        if self._turn is None or self._lost or not self._turn.interrupt():
+            return succeed(False)
+        over: Deferred[bool] = Deferred()
+        branch(self._work).addCallback(lambda _: over.callback(True))
+        return over
+
     def stop(self, reason: ProxyError | None) -> None:
+        self._stopped = True
         if self._turn is not None and not self._lost:
             self._turn.stop(reason)
         elif not self._reported:
@@ -127,14 +159,20 @@ class Run:
         """Run the turn; False if the session that was found for it is lost."""
         around, request = self._context, self._request
         servers = self._check(can)
-        plan = await around.book.resolve(request, can)
-        self._workspace = plan.workspace
-        leases = []
         try:
-            lease = await around.leases.acquire(plan.lease_key)
-            leases.append(lease)
+            plan = await around.book.resolve(request, can)
+        except ProxyError as error:
+            if error.failure is Failure.SESSION_NOT_FOUND and request.claimed is not None:
+                return False  # deleted since it was found
+            raise
+        self._workspace, self._lease_key = plan.workspace, plan.lease_key
+        leases: list[Lease] = []
+        slot: Slot | None = None
+        try:
+            leases.append(await self._wait(partial(around.leases.acquire, plan.lease_key)))
             if plan.source_key is not None:
-                leases.append(await around.leases.acquire(plan.source_key))
+                leases.append(await self._wait(partial(around.leases.acquire, plan.source_key)))
+            slot = await self._wait(around.capacity.acquire)
             if any(taken.waited for taken in leases):
                 # What was read before may be old: the session has moved on meanwhile.
                 if not await around.book.holds(request):
@@ -142,8 +180,19 @@ class Run:
                 plan = await self._resolve_again(plan, can)
             return await self._perform(plan, can, servers, leases)
         finally:
+            if slot is not None:
+                slot.release()
             for taken in leases:
                 taken.release()
+
+    async def _wait(self, acquire: Callable[[float], Deferred[_T]]) -> _T:
+        """Wait in a line; all that a request waits counts together."""
+        clock = self._context.clock
+        since = clock.seconds()
+        try:
+            return await acquire(self._patience)
+        finally:
+            self._patience -= clock.seconds() - since
 
     async def _resolve_again(self, plan: Plan, can: Capabilities) -> Plan:
         fresh = await self._context.book.resolve(self._request, can)
@@ -170,48 +219,136 @@ class Run:
         self, plan: Plan, can: Capabilities, servers: tuple[str, ...], leases: list[Lease]
     ) -> bool:
         around, request = self._context, self._request
-        self.session_id = plan.session_id
-        self._observer.turn_planned(plan.session_id, plan.workspace, request.parameters)
+        self._tell_plan(plan)
         directory = await around.in_thread(around.workspaces.open, plan.workspace)
-        around.book.planned(plan, request)
         key = command.LaunchKey(
             workspace=str(directory),
             model=request.model,
             disallowed_tools=request.disallowed_tools,
             max_turns=request.max_turns,
-            skip_permissions=request.skip_permissions,
+            skip_permissions=skips_permissions(request),
             mcp_servers=servers,
             max_output_tokens=request.max_output_tokens,
         )
-        plan = await self._tell_history(plan, key.workspace, can)
-        mcp_file = await self._write_mcp_file(servers)
+        setup = Setup(
+            key,
+            cli=(*around.probe.resolve(), can.version),
+            mcp=around.mcp.generation if servers else 0,
+        )
         try:
-            outcome = await self._run_turn(plan, key, can, mcp_file, leases)
-            if _exists_already(outcome, plan):
-                # It began, but the server was ended before that could be written down.
-                start = command.SessionStart(command.StartKind.RESUME, plan.session_id)
-                outcome = await self._run_turn(
-                    replace(plan, start=start), key, can, mcp_file, leases
-                )
+            if can.live:
+                around.spares.used(setup)
+            outcome = await self._go_on(plan, setup, can, leases)
+            if outcome is None:
+                outcome = await self._begin_on_spare(plan, setup, can, leases)
+            if outcome is None:
+                around.book.planned(plan, request)
+                plan = await self._tell_history(plan, key.workspace, can)
+                outcome = await self._start_out(plan, setup, can, leases)
             self._lost = self._is_lost(outcome)
             if not self._lost:
                 self._report(outcome)
-            for agent, marker in self._agents:
-                await agent.when_gone()
-                around.sweeper.sweep(marker)
-            self._agents = []
+            await self._clear_away()
             return not self._lost
         finally:
-            if mcp_file is not None:
-                await around.files.remove(mcp_file)
             if self._transcript is not None and self._kept is None:
                 # No session has come of it.
                 await around.files.remove(self._transcript)
+
+    def _tell_plan(self, plan: Plan) -> None:
+        self.session_id = plan.session_id
+        self._observer.turn_planned(plan.session_id, plan.workspace, self._request.parameters)
+
+    async def _begin_on_spare(
+        self, plan: Plan, setup: Setup, can: Capabilities, leases: list[Lease]
+    ) -> Outcome | None:
+        """Run a new session's turn on a process that was started ahead; None if there is none."""
+        is_new = plan.start.kind is command.StartKind.NEW and plan.record_id is None
+        if not (is_new and can.live) or self._request.history:
+            return None
+        agent = await self._context.spares.take(setup)
+        if agent is None:
+            return None
+        session_id = str(agent.cli_session)
+        start = command.SessionStart(command.StartKind.NEW, session_id)
+        spare_plan = replace(plan, session_id=session_id, lease_key=session_id, start=start)
+        self._lease_key = session_id
+        leases[0].add_key(session_id)
+        self._tell_plan(spare_plan)
+        self._context.book.planned(spare_plan, self._request)
+        outcome = await self._run_turn(agent, spare_plan, can, leases)
+        if not _died_unheard(outcome):
+            return outcome
+        await self._clear_away()
+        self._lease_key = plan.lease_key
+        self._tell_plan(plan)
+        return None
+
+    async def _go_on(
+        self, plan: Plan, setup: Setup, can: Capabilities, leases: list[Lease]
+    ) -> Outcome | None:
+        """Run the turn on the session's live process; None if there is none, or no more."""
+        pool = self._context.pool
+        if plan.start.kind is not command.StartKind.RESUME or plan.lease_key not in pool:
+            return None
+        agent = pool.take(plan.lease_key, setup)
+        if agent is not None and not can_be_set(agent, turn_settings(self._request), can):
+            agent.process.finish()
+            self._agents.append(agent)
+            await self._clear_away()
+            return None
+        if agent is None:
+            await pool.vacated(plan.lease_key)
+            return None
+        outcome = await self._run_turn(agent, plan, can, leases)
+        if not _died_unheard(outcome):
+            return outcome
+        # It was dead already, or died before it took the message: nobody needs to know.
+        await self._clear_away()
+        return None
+
+    async def _start_out(
+        self, plan: Plan, setup: Setup, can: Capabilities, leases: list[Lease]
+    ) -> Outcome:
+        """Run the turn on a process of its own."""
+        outcome = await self._start_and_run(plan, setup, can, leases)
+        if _exists_already(outcome, plan):
+            # It began, but the server was ended before that could be written down.
+            start = command.SessionStart(command.StartKind.RESUME, plan.session_id)
+            outcome = await self._start_and_run(replace(plan, start=start), setup, can, leases)
+        return outcome
+
+    async def _start_and_run(
+        self, plan: Plan, setup: Setup, can: Capabilities, leases: list[Lease]
+    ) -> Outcome:
+        around = self._context
+        self._log_context = {
+            "request_id": self._request.request_id,
+            "session_id": plan.session_id,
+        }
+        agent = await agents.start(
+            around,
+            setup,
+            plan.start,
+            turn_settings(self._request),
+            can,
+            reusable=can.live and around.pool.keeps,
+            log_context=self._log_context,
+        )
+        return await self._run_turn(agent, plan, can, leases)
+
+    async def _clear_away(self) -> None:
+        """Wait until the processes that do not stay are gone, and remove what they leave."""
+        leaving, self._agents = self._agents, []
+        for agent in leaving:
+            await agent.process.when_gone()
+            await self._context.bury(agent)
 
     def _is_lost(self, outcome: Outcome) -> bool:
         """Whether the session that was found for the client, who named none, is no more."""
         return (
             outcome.error is not None
+            and not self._stopped
             and outcome.error.failure is Failure.SESSION_NOT_FOUND
             and self._request.session_id is not None
             and self._asked.session_id is None
@@ -249,66 +386,81 @@ class Run:
         self._request = replace(request, content=[*told, *request.blocks])
         return plan
 
-    async def _write_mcp_file(self, servers: tuple[str, ...]) -> Path | None:
-        if not servers:
-            return None
-        try:
-            return await self._context.files.write_mcp(
-                self._context.mcp.config.subset_json(servers)
-            )
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                raise _not_started(error) from error
-            raise
-
     async def _run_turn(
-        self,
-        plan: Plan,
-        key: command.LaunchKey,
-        can: Capabilities,
-        mcp_file: Path | None,
-        leases: list[Lease],
+        self, agent: Agent, plan: Plan, can: Capabilities, leases: list[Lease]
     ) -> Outcome:
         around, request = self._context, self._request
         settings = turn_settings(request)
-        self._log_context = {"request_id": request.request_id, "session_id": plan.session_id}
-        turn = Turn(
+        message_id = str(uuid4())
+        keeps = can.live and around.pool.keeps
+        self._agents.append(agent)
+        self._turn = turn = Turn(
             around.clock,
             self._observer,
             around.settings.limits,
             requested=request.received,
             begun=lambda cli_id: self._begun(plan, leases, cli_id),
+            noticed=lambda event: notice(agent, event),
+            pairing=Pairing(
+                message_id,
+                fresh=agent.turns == 0,
+                cautious=agent.is_restless or bool(agent.background),
+                is_command=not request.literal and _is_command(request.blocks),
+            ),
+            totals=agent.totals,
+            keeps=keeps,
         )
-        agent = AgentProcess(
-            around.clock,
-            turn,
-            has_control=can.control,
-            kill_timeout=around.settings.kill_timeout,
-            line_limit=around.settings.line_limit,
-            log_context=self._log_context,
-        )
-        argv = command.build_argv(
-            around.probe.resolve(),
-            key,
-            settings,
-            plan.start,
-            can,
-            mcp_config=str(mcp_file) if mcp_file is not None else None,
-            hooks=around.settings.workspace_hooks,
-        )
-        self._spawn(agent, argv, key.workspace)
-        self._turn = turn
-        if can.control:
-            agent.request(
+        process = agent.process
+        process.attach(turn)
+        process.describe(request_id=request.request_id, session_id=plan.session_id)
+        self._log_context = process.log_context
+        self._log_start(agent)
+        if can.control and agent.turns == 0:
+            process.request(
                 "initialize",
                 command.initialize_fields(settings, can),
                 lambda answer: around.learn(can.version, answer),
             )
+        for subtype, fields in changes(agent, settings, can):
+            process.request(subtype, fields)
         content = prompt.literal(request.blocks, can) if request.literal else request.content
-        turn.start(agent, control.user_message(content, str(uuid4())))
+        turn.start(process, control.user_message(content, message_id))
         outcome = await turn.done
+        agent.totals = turn.totals
+        agent.turns += 1
         self._write_down(plan, leases, outcome, can)
+        if keeps:
+            self._keep_or_end(agent, outcome)
         return outcome
+
+    def _keep_or_end(self, agent: Agent, outcome: Outcome) -> None:
+        """After a turn that went well its process waits for the next one."""
+        pool = self._context.pool
+        stays = (
+            outcome.kind in (OutcomeKind.SUCCESS, OutcomeKind.LIMIT)
+            and self._kept is not None
+            and outcome.session_id == self.session_id
+            and pool.keeps
+            and not agent.has_moved
+            and not agent.process.ended
+        )
+        if stays and self._kept is not None:
+            agent.cli_session = outcome.session_id
+            self._agents.remove(agent)
+            pool.park(agent, self._kept)
+        elif outcome.result is not None:
+            agent.process.finish()
+
+    def _log_start(self, agent: Agent) -> None:
+        self._log.info(
+            "turn started in agent process {pid}",
+            type="turn_start",
+            pid=agent.process.pid,
+            live=agent.turns > 0,
+            request_id=self._request.request_id,
+            session_id=self.session_id,
+            tenant=self._request.tenant,
+        )
 
     def _begun(self, plan: Plan, leases: list[Lease], cli_id: str | None) -> None:
         """The CLI has taken the message, and says under which id."""
@@ -340,28 +492,7 @@ class Run:
             ):
                 book.resumed_by(self._kept, outcome.session_id)
         if self._kept is not None:
-            book.used(self._kept, self._request)
-
-    def _spawn(self, agent: AgentProcess, argv: list[str], workspace: str) -> None:
-        around, request = self._context, self._request
-        marker = around.next_marker()
-        full = [*command.launch_prefix(workspace), *argv]
-        environment: Any = command.build_environment(
-            around.settings.environment, marker, max_output_tokens=request.max_output_tokens
-        )
-        try:
-            around.reactor.spawnProcess(agent, full[0], full, env=environment)
-        except OSError as error:
-            raise _not_started(error) from error
-        self._agents.append((agent, marker))
-        self._log.info(
-            "turn started in agent process {pid}",
-            type="turn_start",
-            pid=agent.pid,
-            request_id=request.request_id,
-            session_id=self.session_id,
-            tenant=request.tenant,
-        )
+            book.used(self._kept, self._request, outcome)
 
     def _report(self, outcome: Outcome) -> None:
         """Tell the observer how it ended; only the first time counts."""
@@ -388,19 +519,19 @@ class Run:
         self._observer.turn_ended(outcome)
 
 
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+def _died_unheard(outcome: Outcome) -> bool:
+    """Whether a process ended by itself before it said anything of its turn."""
+    return (
+        outcome.error is not None
+        and outcome.error.failure is Failure.CLI_FAILED
+        and outcome.result is None
+        and outcome.figures.first_event is None
+    )
 
 
-def _not_started(error: OSError) -> ProxyError:
-    """Why the system could not start a process, in our words."""
-    if error.errno in _EXHAUSTED:
-        message = (
-            f"The server cannot start another process now ({error.strerror}). Try again a little "
-            "later; its administrator may raise the limits of descriptors, processes or memory."
-        )
-        return ProxyError(Failure.SERVER_BUSY, message, retry_after=COME_BACK)
-    message = f"{Failure.CLI_NOT_FOUND.sentence} The system said: {error.strerror}"
-    return ProxyError(Failure.CLI_NOT_FOUND, message)
+def _is_command(blocks: list[dict[str, Any]]) -> bool:
+    """Whether the CLI may take a message for a command, which it runs without its model."""
+    return bool(blocks) and str(blocks[-1].get("text", "")).lstrip().startswith("/")
 
 
 def _exists_already(outcome: Outcome, plan: Plan) -> bool:

@@ -74,16 +74,25 @@ def start_server(messages_api: MessagesApi, tmp_path: Path) -> Iterator[StartSer
 
 @pytest.fixture(scope="module")
 def servers(
-    messages_api: MessagesApi, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    messages_api: MessagesApi,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[Claude], Server]]:
-    """One daemon for each CLI, as it comes without settings, started when it is first wanted."""
+    """
+    One daemon for each CLI, started when it is first wanted.
+
+    It has no settings but those in the module's `ENVIRONMENT`, if there is one.
+    """
+    environment = getattr(request.module, "ENVIRONMENT", None)
     with ExitStack() as stack:
         started: dict[str, Server] = {}
 
         def get(claude: Claude) -> Server:
             if claude.version not in started:
                 folder = tmp_path_factory.mktemp("daemon")
-                daemon = stack.enter_context(Daemon(folder, claude, messages_api.url))
+                daemon = stack.enter_context(
+                    Daemon(folder, claude, messages_api.url, env=environment)
+                )
                 started[claude.version] = Server(daemon, claude)
             return started[claude.version]
 

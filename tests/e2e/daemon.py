@@ -113,6 +113,8 @@ class Daemon:
             "CLAUDE_CLI": shlex.quote(os.fspath(claude)),
             "WORKSPACE_BASE_PATH": str(self.base),
             "STATE_PATH": str(self.state),
+            # A process that no test has asked for would be in the way of those that count.
+            "SPARE_PROCESSES": "0",
         }
         self.environment = cli_environment(folder, api_url, {**own, **(env or {})})
         twistd = Path(sys.executable).with_name("twistd")

@@ -15,6 +15,9 @@ from tests.e2e.daemon import processes_with_env, sse_events, wait_until
 from tests.e2e.messages_api import REFUSED_KEY, MessagesApi, Recorded
 from tests.e2e.server import Server, StartServer
 
+ENVIRONMENT = {"LIVE_SESSIONS": "0"}
+"""What is left behind shows when no process stays."""
+
 # What the model provider refuses.
 
 REFUSED = [

@@ -43,6 +43,9 @@ class Case:
     options: tuple[str, ...] = ()
 
 
+ENVIRONMENT = {"LIVE_SESSIONS": "0"}
+"""The CLI names its model otherwise in a process that resumes; what is live does not."""
+
 TOOL = '[[text Looking.]] [[tool:Bash {"command": "echo hello"}]] [[then]] [[text Found.]]'
 PARTIAL = {"include_partial_messages": True}
 PARTIAL_OPTION = "--include-partial-messages"

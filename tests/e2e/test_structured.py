@@ -21,10 +21,10 @@ from claude_proxy.interfaces import ITurnObserver
 from claude_proxy.sessions.book import SessionBook
 from claude_proxy.sessions.context import RunContext, RunSettings
 from claude_proxy.sessions.executor import Executor
-from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpServers
 from claude_proxy.sessions.store import Store
 from claude_proxy.sessions.turns import TurnRequest
+from claude_proxy.sessions.waiting import WaitingRoom
 from claude_proxy.sessions.workspaces import Workspaces
 from tests.e2e.claude_cli import Claude
 from tests.e2e.daemon import cli_environment
@@ -68,6 +68,11 @@ async def running_executor(
         workspace_hooks=False,
         run_directory=folder,
         marker=folder.name,
+        concurrent_turns=16,
+        starts_at_once=8,
+        spare_processes=0,
+        live_sessions=0,
+        live_idle=0,
     )
     store = Store(None, REACTOR)
     await store.open()
@@ -76,7 +81,7 @@ async def running_executor(
         REACTOR,
         settings,
         book=SessionBook(store, adopt_unknown=True),
-        leases=Leases(REACTOR, queue_length=1, queue_timeout=1),
+        waiting_room=WaitingRoom(1, 1),
         workspaces=Workspaces(folder / "base"),
         mcp=McpServers(folder / "mcp-config.json", named=False),
         probe=CliProbe(REACTOR, REACTOR, [str(claude)], environment),

@@ -201,6 +201,8 @@ def mcp_folder(tmp_path_factory: pytest.TempPathFactory, everything_server: list
 @pytest.fixture(scope="module")
 def mcp_server(claude: Claude, mcp_folder: Path, messages_api: MessagesApi) -> Iterator[Server]:
     env = {"MCP_CONFIG_PATH": str(mcp_folder / "mcp-config.json")}
+    # No process stays: what one leaves behind shows at once.
+    env = {**env, "LIVE_SESSIONS": "0"}
     with Daemon(mcp_folder / claude.version, claude, messages_api.url, env=env) as daemon:
         yield Server(daemon, claude)
 

@@ -147,6 +147,8 @@ async def serving(folder: Path, body: str, **variables: str) -> AsyncIterator[Ru
     """
     environ = {
         "PATH": os.environ["PATH"],
+        "SPARE_PROCESSES": "0",
+        "LIVE_SESSIONS": "0",  # what is left behind shows when no process stays
         "PORT": "0",
         "HOST": "127.0.0.1",
         "CLAUDE_CLI": write_cli(folder, body),

@@ -66,7 +66,7 @@ class Served(Daemon):
     """A daemon with the CLI above."""
 
     def __init__(self, folder: Path, *args: str, **env: str) -> None:
-        own = {"CLAUDE_CLI": write_cli(folder, CLI), **env}
+        own = {"CLAUDE_CLI": write_cli(folder, CLI), "LIVE_SESSIONS": "0", **env}
         super().__init__(folder, "claude", "http://127.0.0.1:9", env=own, args=args)
 
     @property
@@ -438,6 +438,51 @@ def test_a_database_locked_for_a_moment_loses_nothing(tmp_path: Path) -> None:
         undo()
         assert daemon.answers(session_id=session) == session
         assert not daemon.records("store_failed")
+
+
+def test_a_database_locked_for_long_holds_no_turn_up(tmp_path: Path) -> None:
+    with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1") as daemon:
+        earlier = daemon.answers()
+        undo = lock(daemon.state / "state.sqlite3")
+        session = daemon.answers()
+        assert "database is locked" in daemon.wait_for_record("store_failed")["error"]
+        before = time.monotonic()
+        for name in (earlier, session, earlier, session):
+            assert daemon.answers(session_id=name) == name
+        assert time.monotonic() - before < 4  # each has several things to write down
+        undo()
+        later = daemon.answers(workspace="project")
+        assert daemon.answers(session_id=later) == later
+        assert daemon.starts[-1] == (later, True, daemon.base / "workspace" / "project")
+
+
+def test_a_database_that_is_damaged_while_it_serves_breaks_no_turn(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "state.sqlite3"
+    with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1"):
+        pass
+    fill(path)
+    with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1") as daemon:
+        earlier = daemon.answers()
+        with path.open("r+b") as file:
+            file.seek(4096)  # the first page stays
+            file.write(b"\xa5" * (path.stat().st_size - 4096))
+        sessions = [daemon.answers() for _ in range(3)]
+        assert "is damaged or not a database" in daemon.wait_for_record("store_failed")["error"]
+        for name in (earlier, *sessions):
+            assert daemon.answers(session_id=name) == name
+    assert daemon.records("server_stopped")
+
+
+def fill(path: Path) -> None:
+    """Give a database more sessions than fit into memory."""
+    columns = "id, cli_id, workspace, tenant, state, parameters, created, used"
+    now = time.time()
+    parameters = json.dumps({"padding": "x" * 2000})
+    rows = [(f"{n:032}", f"{n:032}", None, "x", "begun", parameters, n, now) for n in range(3000)]
+    database = sqlite3.connect(path)
+    database.executemany(f"INSERT INTO sessions ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    database.commit()
+    database.close()
 
 
 # The log.

@@ -149,6 +149,7 @@ def served(folder: Path, **env: str) -> Iterator[Served]:
     mcp = folder / "mcp.json"
     mcp.write_text(json.dumps(MCP))
     variables = {"CLAUDE_CLI": write_cli(folder, CLI), "MCP_CONFIG_PATH": str(mcp), **env}
+    variables = {"LIVE_SESSIONS": "0", **variables}
     with Daemon(folder, "claude", "http://127.0.0.1:9", env=variables) as daemon:
         daemon.wait_for_record("cli_found")
         with daemon.client() as client:  # what is opened once for ever is open from now on

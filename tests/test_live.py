@@ -1,0 +1,438 @@
+"""Live sessions: turns on a process that stays, with a child that the test plays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.logger import capturedLogs
+
+from claude_proxy.cli.outcomes import OutcomeKind
+from claude_proxy.cli.versions import Capabilities, capabilities_of
+from claude_proxy.errors import Failure
+from tests.support import FakeChild
+from tests.test_executor import A, World, init, option, result, signals, text, user_message
+
+__all__ = ["signals"]  # a fixture that keeps the tests from real processes
+
+NEW = capabilities_of("2.1.197")
+MIDDLE = capabilities_of("1.0.128")
+
+Make = Callable[..., World]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return lambda can=NEW, live=4: World(tmp_path, can, live=live)
+
+
+@pytest.fixture
+def world(make: Make) -> World:
+    return make()
+
+
+def is_quiet(world: World) -> bool:
+    """Whether nothing but live processes and their timers is left."""
+    world.reactor.advance(0)
+    return (
+        world.executor.running == world.leases.held == world.leases.waiting == 0
+        and len(world.reactor.getDelayedCalls()) == world.context.pool.waiting
+    )
+
+
+def begin(world: World, **fields: Any) -> tuple[str, FakeChild]:
+    """The first turn of a session whose process stays."""
+    _, observer = world.ask(**fields)
+    child, session = world.children[-1], observer.planned[0] or A
+    child.says(init(session), text(), result(session, total_cost_usd=0.5))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    assert not child.stdin_closed
+    assert world.executor.running == 0
+    return session, child
+
+
+def messages(child: FakeChild) -> list[dict[str, Any]]:
+    return [line for line in child.lines if line["type"] == "user"]
+
+
+def requests(child: FakeChild) -> list[dict[str, Any]]:
+    return [line["request"] for line in child.lines if line["type"] == "control_request"]
+
+
+def answer(child: FakeChild, session: str, **fields: Any) -> None:
+    """Let a child do its next turn."""
+    uuid = messages(child)[-1]["uuid"]
+    replay = {"type": "user", "isReplay": True, "uuid": uuid, "session_id": session}
+    child.says(init(session), replay, text(), result(session, **fields))
+
+
+# Reuse.
+
+
+def test_a_later_turn_has_the_process_of_the_one_before(world: World) -> None:
+    session, child = begin(world)
+    turn, observer = world.ask(session_id=session, content="more")
+    assert world.children == [child]
+    assert observer.planned == [session] == [turn.session_id]
+    assert [message["message"]["content"] for message in messages(child)] == ["hello", "more"]
+    assert [request["subtype"] for request in requests(child)] == ["initialize"]
+    answer(child, session, total_cost_usd=0.75)
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    assert observer.outcome.totals["total_cost_usd"] == 0.25, "its own, not that of the process"
+    assert observer.events == ["init", "user", "assistant"]
+    assert is_quiet(world)
+
+
+def test_the_lease_is_free_as_soon_as_the_process_waits(world: World) -> None:
+    session, child = begin(world)
+    world.ask(session_id=session)
+    _, second = world.ask(session_id=session)
+    assert second.planned == []
+    answer(child, session)
+    assert len(messages(child)) == 3
+    answer(child, session)
+    assert second.outcome.kind is OutcomeKind.SUCCESS
+
+
+def test_echoes_of_settings_are_not_the_clients(world: World) -> None:
+    session, child = begin(world)
+    _, observer = world.ask(session_id=session, permission_mode="plan")
+    assert requests(child)[-1] == {"subtype": "set_permission_mode", "mode": "plan"}
+    child.says({"type": "system", "subtype": "status", "permissionMode": "plan"})
+    assert observer.events == []
+    answer(child, session)
+    assert observer.events == ["init", "user", "assistant"]
+
+
+def test_rules_are_told_each_turn_and_revoked(world: World) -> None:
+    session, child = begin(world, allowed_tools=("Bash",))
+    assert option(child, "--allowedTools") is None
+    [_, allowed] = requests(child)
+    assert allowed["settings"]["permissions"]["allow"] == ["Bash"]
+    world.ask(session_id=session, allowed_tools=("Bash",))
+    assert len(requests(child)) == 2, "they are in force already"
+    answer(child, session)
+    world.ask(session_id=session)
+    assert requests(child)[-1]["settings"]["permissions"]["allow"] == []
+    answer(child, session)
+
+
+def test_the_mode_goes_back_to_what_it_was_without_one(world: World) -> None:
+    _, observer = world.ask()
+    child, session = world.children[-1], observer.planned[0] or A
+    child.says({**init(session), "permissionMode": "acceptEdits"}, result(session))
+    world.ask(session_id=session, permission_mode="plan")
+    answer(child, session)
+    world.ask(session_id=session)
+    assert requests(child)[-1] == {"subtype": "set_permission_mode", "mode": "acceptEdits"}
+
+
+def test_a_mode_whose_before_is_not_known_needs_another_process(world: World) -> None:
+    session, child = begin(world, permission_mode="plan")
+    world.ask(session_id=session)
+    assert child.stdin_closed
+    assert len(world.children) == 1
+    child.exits()
+    assert option(world.children[1], "--resume") == session
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": "opus"},
+        {"disallowed_tools": ("WebFetch",)},
+        {"max_turns": 3},
+        {"system_prompt": "Be a poet."},
+        {"append_system_prompt": "Rhyme."},
+        {"json_schema": {"type": "object"}},
+        {"mcp_tools": ("mcp__git__log",)},
+        {"max_output_tokens": 2000},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_is_fixed_at_the_start_needs_another_process(
+    world: World, changed: dict[str, Any]
+) -> None:
+    session, child = begin(world)
+    _, observer = world.ask(session_id=session, **changed)
+    assert child.stdin_closed
+    assert len(world.children) == 1, "the session has one writer"
+    child.exits()
+    second = world.children[1]
+    assert option(second, "--resume") == session
+    second.says(init(session), result(session))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    assert world.context.pool.waiting == 1
+
+
+def test_a_changed_mcp_configuration_needs_another_process(world: World) -> None:
+    session, child = begin(world, mcp_tools=("mcp__git__log",))
+    world.context.mcp.reload()
+    world.ask(session_id=session, mcp_tools=("mcp__git__log",))
+    assert child.stdin_closed
+    child.exits()
+    assert len(world.children) == 2
+
+
+@pytest.mark.parametrize(("can", "live"), [(MIDDLE, 4), (NEW, 0)])
+def test_without_live_sessions_each_turn_has_its_process(
+    make: Make, can: Capabilities, live: int
+) -> None:
+    world = make(can, live)
+    _, observer = world.ask(allowed_tools=("Bash",))
+    child, session = world.children[-1], observer.planned[0] or A
+    assert option(child, "--allowedTools") == "Bash"
+    child.says(init(session), result(session))
+    assert child.stdin_closed
+    child.exits()
+    assert world.is_idle()
+
+
+# The end of waiting.
+
+
+def test_a_process_does_not_wait_for_ever(world: World) -> None:
+    session, child = begin(world)
+    world.reactor.advance(299)
+    assert not child.stdin_closed
+    world.reactor.advance(1)
+    assert child.stdin_closed
+    child.exits()
+    assert world.is_idle()
+    assert world.sweeper.swept == ["state.run.1"]
+    world.ask(session_id=session)
+    assert option(world.children[1], "--resume") == session
+
+
+def test_the_one_that_was_used_least_recently_goes(make: Make) -> None:
+    world = make(live=2)
+    first, one = begin(world)
+    _, two = begin(world)
+    world.ask(session_id=first)
+    answer(one, first)
+    _, three = begin(world)
+    assert [child.stdin_closed for child in (one, two, three)] == [False, True, False]
+    two.exits()
+    assert is_quiet(world)
+
+
+def test_a_process_that_dies_idle_is_forgotten(world: World) -> None:
+    session, child = begin(world)
+    with capturedLogs() as events:
+        child.exits(1)
+    assert [e["session_id"] for e in events if e.get("type") == "live_lost"] == [session]
+    assert world.is_idle()
+    world.ask(session_id=session)
+    assert option(world.children[1], "--resume") == session
+
+
+def test_one_that_dies_with_the_message_unread_is_replaced(world: World) -> None:
+    session, child = begin(world)
+    _, observer = world.ask(session_id=session, content="more")
+    child.exits(1)
+    assert observer.outcomes == []
+    second = world.children[1]
+    assert user_message(second)["message"]["content"] == "more"
+    second.says(init(session), result(session))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+
+
+def test_one_that_dies_in_its_turn_is_a_failure(world: World) -> None:
+    session, child = begin(world)
+    _, observer = world.ask(session_id=session)
+    child.says(init(session))
+    child.exits(1)
+    assert observer.failure is Failure.CLI_FAILED
+    assert world.is_idle()
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        {"subtype": "error_during_execution", "is_error": True, "errors": ["no"]},
+        {"is_error": True, "api_error_status": 500},
+    ],
+)
+def test_a_process_whose_turn_failed_does_not_stay(world: World, ended: dict[str, Any]) -> None:
+    session, child = begin(world)
+    _, observer = world.ask(session_id=session)
+    answer(child, session, **ended)
+    assert observer.outcome.kind is OutcomeKind.FAILURE
+    assert child.stdin_closed
+    child.exits()
+    assert world.is_idle()
+
+
+def test_a_process_whose_session_became_another_does_not_stay(world: World) -> None:
+    _, observer = world.ask(content="/clear")
+    child = world.children[-1]
+    child.says(init(str(observer.planned[0])), result(A))
+    assert child.stdin_closed
+    child.exits()
+    assert world.is_idle()
+
+
+def test_a_client_that_leaves_ends_the_process(world: World) -> None:
+    session, child = begin(world)
+    turn, observer = world.ask(session_id=session)
+    child.says(init(session))
+    turn.stop(None)
+    assert child.interrupted
+    child.says(result(session))
+    assert child.stdin_closed
+    child.exits()
+    assert observer.outcome.kind is OutcomeKind.ABANDONED
+    assert world.is_idle()
+
+
+def test_a_server_that_stops_ends_them_all(world: World) -> None:
+    _, one = begin(world)
+    _, two = begin(world)
+    stopped: list[None] = []
+    Deferred.fromCoroutine(world.executor.shut_down(5)).addCallback(stopped.append)
+    assert one.stdin_closed
+    assert two.stdin_closed
+    assert stopped == []
+    one.exits()
+    two.exits()
+    assert stopped == [None]
+    assert world.is_idle()
+
+
+# What goes on between turns.
+
+
+def test_events_between_turns_are_nobodys(world: World) -> None:
+    session, child = begin(world)
+    with capturedLogs() as events:
+        child.says({"type": "system", "subtype": "task_notification", "task_id": "t"})
+    [record] = [e for e in events if e.get("type") == "background_events"]
+    assert (record["session_id"], record["kinds"]) == (session, ["task_notification"])
+    _, observer = world.ask(session_id=session)
+    answer(child, session)
+    assert observer.events == ["init", "user", "assistant"]
+
+
+def test_a_turn_of_the_clis_own_never_answers_ours(world: World) -> None:
+    session, child = begin(world)
+    own = {"type": "assistant", "message": {"content": [{"type": "text", "text": "by myself"}]}}
+    child.says({"type": "system", "subtype": "task_started", "task_id": "t"})
+    _, observer = world.ask(session_id=session)
+    child.says(
+        {"type": "system", "subtype": "task_notification", "task_id": "t"},
+        init(session),
+        own,
+        result(session, result="by myself", total_cost_usd=1.5),
+    )
+    assert observer.events == []
+    assert observer.outcomes == []
+    answer(child, session, result="ours", total_cost_usd=2.0)
+    assert observer.outcome.totals["total_cost_usd"] == 0.5
+    assert observer.events == ["init", "user", "assistant"]
+    assert observer.outcome.result is not None
+    assert observer.outcome.result.fields()["result"] == "ours"
+
+
+def test_a_process_that_is_busy_by_itself_is_not_disturbed_but_replaced(world: World) -> None:
+    session, child = begin(world)
+    child.says(init(session), text("by myself"))
+    world.ask(session_id=session)
+    assert child.stdin_closed
+    child.exits()
+    assert len(world.children) == 2
+
+
+def test_a_process_that_changes_its_session_while_it_waits_is_not_kept(world: World) -> None:
+    _, child = begin(world)
+    child.says(init(A))
+    assert child.stdin_closed
+    child.exits()
+    assert world.is_idle()
+
+
+def test_what_happens_between_turns_is_in_no_turns_figures(world: World) -> None:
+    session, child = begin(world)
+    child.says(init(session), text(), result(session, total_cost_usd=1.5))
+    _, observer = world.ask(session_id=session)
+    answer(child, session, total_cost_usd=1.75)
+    assert observer.outcome.totals["total_cost_usd"] == 0.25
+
+
+def test_a_process_that_works_in_another_directory_now_is_not_kept(world: World) -> None:
+    _, observer = world.ask()
+    child, session = world.children[-1], str(observer.planned[0])
+    child.says({**init(session), "cwd": "/w"}, result(session))
+    world.ask(session_id=session)
+    child.says({**init(session), "cwd": "/w/.claude/worktrees/x"}, result(session))
+    assert child.stdin_closed
+
+
+# Spares.
+
+
+def rest(world: World) -> FakeChild:
+    """Let the server rest until a spare is started."""
+    before = len(world.children)
+    for _ in range(3):
+        world.reactor.advance(1)
+    assert len(world.children) == before + 1
+    return world.children[-1]
+
+
+def test_a_new_session_begins_on_a_spare(tmp_path: Path) -> None:
+    world = World(tmp_path, spares=1, HOME=str(tmp_path))
+    world.session()
+    spare = rest(world)
+    session = option(spare, "--session-id")
+    assert session is not None
+    assert spare.lines == []
+    turn, observer = world.ask(system_prompt="Be a test.", allowed_tools=("Bash",))
+    assert world.children[-1] is spare
+    assert observer.planned[-1] == session == turn.session_id
+    assert [request["subtype"] for request in requests(spare)] == [
+        "initialize",
+        "apply_flag_settings",
+    ]
+    world.finish(spare, session)
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    world.ask(session_id=session)
+    assert option(world.children[-1], "--resume") == session
+
+
+def test_a_spare_that_dies_with_the_message_unread_is_replaced(tmp_path: Path) -> None:
+    world = World(tmp_path, spares=1, HOME=str(tmp_path))
+    world.session()
+    spare = rest(world)
+    _, observer = world.ask(content="more")
+    spare.exits(1)
+    world.reactor.advance(0)
+    child = world.children[-1]
+    assert child is not spare
+    assert user_message(child)["message"]["content"] == "more"
+    session = option(child, "--session-id")
+    assert session == observer.planned[-1] != option(spare, "--session-id")
+    world.finish(child, str(session))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+
+
+def test_what_a_spare_cannot_do_has_a_process_of_its_own(tmp_path: Path) -> None:
+    world = World(tmp_path, spares=1, HOME=str(tmp_path))
+    session = world.session()
+    spare = rest(world)
+    world.ask(model="opus")
+    world.ask(session_id=session)
+    assert spare.lines == []
+
+
+def test_a_server_that_stops_ends_its_spares(tmp_path: Path) -> None:
+    world = World(tmp_path, spares=1, HOME=str(tmp_path))
+    world.session()
+    spare = rest(world)
+    stopped: list[None] = []
+    Deferred.fromCoroutine(world.executor.shut_down(5)).addCallback(stopped.append)
+    assert spare.stdin_closed
+    spare.exits()
+    assert stopped == [None]
