@@ -42,11 +42,11 @@ NO_HOOKS = '--settings={"disableAllHooks":true}'
 USUAL = ["-p", "--verbose", "--input-format=stream-json", "--output-format=stream-json"]
 CAPABLE = ["--include-partial-messages", "--replay-user-messages", "--strict-mcp-config", NO_HOOKS]
 
-KEY = LaunchKey("/work/space")
+KEY = LaunchKey("/srv/space")
 PLAIN = TurnSettings()
 FRESH = SessionStart(StartKind.NEW, "new-id")
 FULL_KEY = LaunchKey(
-    "/work/space",
+    "/srv/space",
     model="opus",
     disallowed_tools=("Bash(rm *)", "Write"),
     max_turns=3,

@@ -44,7 +44,7 @@ def written(messages: list[tuple[str, list[Block]]], now: float = 1_800_000_000)
     data = transcript_lines(
         messages,
         session_id=SESSION,
-        cwd="/work/here",
+        cwd="/srv/here",
         version="2.1.197",
         now=now,
         make_uuid=lambda: f"00000000-0000-4000-8000-{next(numbers):012d}",
@@ -62,7 +62,7 @@ def test_a_user_message_is_exactly_this_line() -> None:
             "parentUuid": None,
             "isSidechain": False,
             "userType": "external",
-            "cwd": "/work/here",
+            "cwd": "/srv/here",
             "sessionId": SESSION,
             "version": "2.1.197",
             "gitBranch": "",
