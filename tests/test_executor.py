@@ -119,6 +119,7 @@ class World:
         *,
         live: int = 0,
         spares: int = 0,
+        turns: int = 16,
         **environment: str,
     ) -> None:
         self.reactor = FakeReactor()
@@ -141,7 +142,7 @@ class World:
                 workspace_hooks=False,
                 run_directory=self.run_directory,
                 marker="state.run",
-                concurrent_turns=16,
+                concurrent_turns=turns,
                 starts_at_once=8,
                 spare_processes=spares,
                 live_sessions=live,

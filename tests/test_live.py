@@ -436,3 +436,25 @@ def test_a_server_that_stops_ends_its_spares(tmp_path: Path) -> None:
     assert spare.stdin_closed
     spare.exits()
     assert stopped == [None]
+
+
+def test_processes_that_wait_give_way_to_turns(tmp_path: Path) -> None:
+    world = World(tmp_path, live=4, turns=2)
+    _, one = begin(world)
+    second, two = begin(world)
+    assert not one.stdin_closed, "beside one turn there was room for one that waits"
+    world.ask(session_id=second)
+    answer(two, second)
+    assert not one.stdin_closed, "a process that is used again takes no more room"
+    world.ask()
+    assert (one.stdin_closed, two.stdin_closed) == (True, False)
+    world.ask()
+    assert two.stdin_closed
+
+
+def test_spares_give_way_first(tmp_path: Path) -> None:
+    world = World(tmp_path, live=4, spares=1, turns=2, HOME=str(tmp_path))
+    _, kept = begin(world)
+    spare = rest(world)
+    world.ask(model="opus")
+    assert (kept.stdin_closed, spare.stdin_closed) == (False, True)

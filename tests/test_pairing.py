@@ -57,7 +57,7 @@ def test_all_that_a_fresh_process_says_is_ours() -> None:
 def test_a_turn_begins_with_its_init_and_echoes_are_left_out() -> None:
     pairing = pair()
     assert sorted_by(pairing, [ECHO, *PLAIN]) == PLAIN
-    assert pairing.foreign == 1
+    assert pairing.foreign_results == []
 
 
 def test_nothing_waits_where_nothing_goes_on_in_the_background() -> None:
@@ -76,12 +76,13 @@ def test_in_doubt_the_replay_is_waited_for() -> None:
 def test_a_turn_of_the_clis_own_is_not_ours() -> None:
     pairing = pair(cautious=True)
     assert sorted_by(pairing, [NOTICE, *THEIRS, ECHO, *PLAIN]) == PLAIN
-    assert pairing.foreign == 1 + len(THEIRS) + 1
+    assert pairing.foreign_results == [OTHER_RESULT]
 
 
 def test_the_rest_of_such_a_turn_is_not_ours() -> None:
     pairing = pair(cautious=True)
     assert sorted_by(pairing, [*THEIRS[1:], *PLAIN]) == PLAIN
+    assert pairing.foreign_results == [OTHER_RESULT]
 
 
 def test_a_message_that_joins_a_turn_gets_what_is_said_after_it() -> None:

@@ -32,8 +32,7 @@ class Pairing:
     """
     Gives a turn its own events, from what a process says.
 
-    @ivar foreign: how many events belonged to nobody's turn.
-    @ivar foreign_results: the results among them.
+    @ivar foreign_results: results of nobody's turn; whoever reads them takes them out.
     """
 
     def __init__(self, uuid: str, *, fresh: bool, cautious: bool, is_command: bool) -> None:
@@ -43,7 +42,6 @@ class Pairing:
         @param cautious: something goes on in the background, so the replay is waited for.
         @param is_command: the message may be a local command, which has no replay.
         """
-        self.foreign = 0
         self.foreign_results: list[Event] = []
         self._uuid = uuid
         self._cautious = cautious
@@ -67,19 +65,16 @@ class Pairing:
         if event.is_replay and event.uuid == self._uuid:
             return self._found([*self._since_last_start(), event])
         if event.type == "system" and event.subtype == "init":
-            self.foreign += len(self._held)
             self._state, self._held = _State.HOLDING, [event]
             self._holds_partials = True
             if not self._cautious:
                 return self._found(self._held)
         elif self._state is _State.BEFORE:
-            self.foreign += 1
             if event.type == "result":
                 self.foreign_results.append(event)
         elif event.type == "result":
             if self._is_command and event.fields().get("num_turns") == 0:
                 return self._found([*self._held, event])
-            self.foreign += len(self._held) + 1
             self.foreign_results.append(event)
             self._state, self._held = _State.BEFORE, []
         elif self._holds_partials or event.type != "stream_event":

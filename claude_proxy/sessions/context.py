@@ -108,6 +108,16 @@ class RunContext:
         )
         self._processes_started = 0
 
+    def make_room(self) -> None:
+        """
+        Let processes that wait give way to one that is started for a turn.
+
+        So there are never more of them than turns may run at once; spares go first.
+        """
+        room = self.capacity.turns - self.capacity.running
+        self.pool.make_room(room)
+        self.spares.make_room(max(room - self.pool.waiting, 0))
+
     async def bury(self, agent: Agent) -> None:
         """Remove what an agent process leaves that is gone."""
         self.sweeper.sweep(agent.marker)

@@ -326,6 +326,7 @@ class Run:
             "request_id": self._request.request_id,
             "session_id": plan.session_id,
         }
+        around.make_room()
         agent = await agents.start(
             around,
             setup,
