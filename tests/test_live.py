@@ -308,12 +308,50 @@ def test_a_server_that_stops_ends_them_all(world: World) -> None:
 def test_events_between_turns_are_nobodys(world: World) -> None:
     session, child = begin(world)
     with capturedLogs() as events:
-        child.says({"type": "system", "subtype": "task_notification", "task_id": "t"})
+        child.says({"type": "system", "subtype": "task_updated", "task_id": "t"})
     [record] = [e for e in events if e.get("type") == "background_events"]
-    assert (record["session_id"], record["kinds"]) == (session, ["task_notification"])
+    assert (record["session_id"], record["kinds"]) == (session, ["task_updated"])
     _, observer = world.ask(session_id=session)
     answer(child, session)
     assert observer.events == ["init", "user", "assistant"]
+
+
+def test_a_process_that_is_about_to_begin_a_turn_of_its_own_is_not_asked(world: World) -> None:
+    session, child = begin(world)
+    child.says({"type": "system", "subtype": "task_notification", "task_id": "t"})
+    _, observer = world.ask(session_id=session)
+    assert child.stdin_closed
+    assert len(messages(child)) == 1
+    child.says(init(session), text(), result(session))
+    child.exits()
+    world.reactor.advance(0)
+    world.children[-1].says(init(session), text(), result(session))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    assert is_quiet(world)
+
+
+def test_what_arrives_together_with_a_result_is_no_part_of_the_turn(world: World) -> None:
+    session, child = begin(world)
+    _, observer = world.ask(session_id=session)
+    uuid = messages(child)[-1]["uuid"]
+    replay = {"type": "user", "isReplay": True, "uuid": uuid, "session_id": session}
+    notice = {"type": "system", "subtype": "task_notification", "task_id": "t"}
+    child.says(init(session), replay, text(), result(session), notice, init(session))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    assert observer.events == ["init", "user", "assistant"]
+    world.ask(session_id=session)
+    assert child.stdin_closed, "it has begun a turn of its own"
+    assert len(messages(child)) == 2
+
+
+def test_a_process_is_asked_again_after_a_turn_of_its_own(world: World) -> None:
+    session, child = begin(world)
+    child.says({"type": "system", "subtype": "task_notification", "task_id": "t"})
+    child.says(init(session), text(), result(session))
+    _, observer = world.ask(session_id=session)
+    answer(child, session)
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    assert world.children == [child]
 
 
 def test_a_turn_of_the_clis_own_never_answers_ours(world: World) -> None:

@@ -220,6 +220,11 @@ class AgentProcess(ProcessProtocol):
                 events.append(event)
                 if event.type == "result":
                     self._happened(Input.RESULT)
+                    self._tell(events)
+                    events = []  # what follows it is for who listens then
+        self._tell(events)
+
+    def _tell(self, events: list[Event]) -> None:
         if events and not self._discarding:
             self._listener.events_received(events)
 

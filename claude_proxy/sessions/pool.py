@@ -104,6 +104,9 @@ class _Bench:
                 self.is_stirring = self._agent.is_restless = True
                 if event.session_id != self._agent.cli_session:
                     self._pool.drop(self._agent, "its session is another one now")
+            elif event.subtype == "task_notification":
+                # The CLI tells its model of it, in a turn that begins some milliseconds later.
+                self.is_stirring = True
             elif event.type == "result":
                 self.is_stirring = False
                 _, self._agent.totals = turn_result(event, self._agent.totals)
