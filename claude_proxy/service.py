@@ -206,6 +206,7 @@ class ProxyService(Service):
                 error=str(error),
             )
             return
+        self._executor.mcp_changed()
         self._log.info(
             "the MCP configuration was read again",
             type="mcp_reloaded",

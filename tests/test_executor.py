@@ -623,6 +623,27 @@ def test_an_old_cli_gets_no_control_requests_and_is_ended_by_signals(
     assert old_world.is_idle()
 
 
+def test_an_old_cli_that_ends_at_its_start_is_started_once_more(old_world: World) -> None:
+    # Started together, they find the configuration that they share half written by each other.
+    _, observer = old_world.ask()
+    old_world.children[0].exits(1)
+    old_world.reactor.advance(0)
+    assert observer.outcomes == []
+    old_world.finish(old_world.children[1], A)
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+    assert old_world.is_idle()
+
+
+def test_an_old_cli_that_ends_twice_is_a_failure(old_world: World) -> None:
+    _, observer = old_world.ask()
+    for n in range(2):
+        old_world.children[n].exits(1)
+        old_world.reactor.advance(0)
+    assert observer.failure is Failure.CLI_FAILED
+    assert len(old_world.children) == 2
+    assert old_world.is_idle()
+
+
 def test_a_session_is_leased_under_the_id_that_its_cli_told(old_world: World) -> None:
     turn, _ = old_world.ask()
     assert turn.session_id is None

@@ -177,6 +177,20 @@ def test_a_changed_mcp_configuration_needs_another_process(world: World) -> None
     assert len(world.children) == 2
 
 
+def test_what_has_an_old_mcp_configuration_ends_when_another_is_read(tmp_path: Path) -> None:
+    world = World(tmp_path, live=4, spares=2)
+    _, with_servers = begin(world, mcp_tools=("mcp__git__log",))
+    _, without = begin(world)
+    for _ in range(2):
+        world.reactor.advance(30)
+    spares = world.children[2:]
+    assert len(spares) == 2
+    world.context.mcp.reload()
+    world.executor.mcp_changed()
+    assert (with_servers.stdin_closed, without.stdin_closed) == (True, False)
+    assert sorted(spare.stdin_closed for spare in spares) == [False, True]
+
+
 @pytest.mark.parametrize(("can", "live"), [(MIDDLE, 4), (NEW, 0)])
 def test_without_live_sessions_each_turn_has_its_process(
     make: Make, can: Capabilities, live: int
@@ -238,6 +252,31 @@ def test_one_that_dies_with_the_message_unread_is_replaced(world: World) -> None
     assert user_message(second)["message"]["content"] == "more"
     second.says(init(session), result(session))
     assert observer.outcome.kind is OutcomeKind.SUCCESS
+
+
+def test_who_leaves_while_a_dead_process_is_cleared_away_starts_no_other(world: World) -> None:
+    session, child = begin(world)
+    turn, observer = world.ask(session_id=session, content="more")
+    cleared: Deferred[None] = Deferred()
+    world.context.bury = lambda agent: cleared  # type: ignore[method-assign]
+    child.exits(1)
+    turn.stop(None)
+    cleared.callback(None)
+    assert observer.outcome.kind is OutcomeKind.ABANDONED
+    assert world.children == [child]
+    assert world.is_idle()
+
+
+def test_who_leaves_while_an_unfit_process_leaves_starts_no_other(world: World) -> None:
+    session, child = begin(world)
+    turn, observer = world.ask(session_id=session, system_prompt="Be a poet.")
+    assert child.stdin_closed
+    turn.stop(None)
+    child.exits()
+    assert observer.outcome.kind is OutcomeKind.ABANDONED
+    assert world.children == [child]
+    assert world.is_idle()
+    assert world.sweeper.swept == ["state.run.1"]
 
 
 def test_one_that_dies_in_its_turn_is_a_failure(world: World) -> None:

@@ -17,7 +17,15 @@ from typing import Any
 from claude_proxy.cli.events import Event
 from claude_proxy.errors import Failure, ProxyError
 
-__all__ = ["Ending", "Figures", "Outcome", "OutcomeKind", "outcome_of_ending", "outcome_of_result"]
+__all__ = [
+    "Ending",
+    "Figures",
+    "Outcome",
+    "OutcomeKind",
+    "died_unheard",
+    "outcome_of_ending",
+    "outcome_of_result",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,3 +249,13 @@ def outcome_of_ending(ending: Ending, *, spoke: bool) -> Outcome:
         message = f"The Claude CLI ended without a result ({ending.describe()}){said}"
         error = ProxyError(Failure.CLI_FAILED, message)
     return Outcome(OutcomeKind.FAILURE, error)
+
+
+def died_unheard(outcome: Outcome) -> bool:
+    """Whether a process ended by itself before it said anything of its turn."""
+    return (
+        outcome.error is not None
+        and outcome.error.failure is Failure.CLI_FAILED
+        and outcome.result is None
+        and outcome.figures.first_event is None
+    )

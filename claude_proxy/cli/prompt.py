@@ -13,7 +13,7 @@ from typing import Any
 
 from claude_proxy.cli.versions import Capabilities
 
-__all__ = ["fits_stdin", "literal"]
+__all__ = ["fits_stdin", "literal", "may_be_command"]
 
 _MENTION = re.compile(r"(^|[\s\ufeff])@")
 _ZERO_WIDTH_SPACE = "\u200b"
@@ -44,3 +44,8 @@ def literal(blocks: list[dict[str, Any]], can: Capabilities) -> str | list[dict[
     text = "\n\n".join(block["text"] for block in blocks)
     guarded = _MENTION.sub(rf"\1{_ZERO_WIDTH_SPACE}@", text)
     return f"\n{guarded}" if guarded.startswith("/") else guarded
+
+
+def may_be_command(blocks: list[dict[str, Any]]) -> bool:
+    """Whether the CLI may take a message for a command, which it runs without its model."""
+    return bool(blocks) and str(blocks[-1].get("text", "")).lstrip().startswith("/")

@@ -10,6 +10,7 @@ from claude_proxy.interfaces import IRunningTurn, ISessionControl, ITurnObserver
 from claude_proxy.sessions.agents import make_spares
 from claude_proxy.sessions.context import COME_BACK, RunContext
 from claude_proxy.sessions.deferreds import branch
+from claude_proxy.sessions.pool import Setup
 from claude_proxy.sessions.run import Run
 from claude_proxy.sessions.turns import TurnRequest
 
@@ -81,6 +82,16 @@ class Executor:
 
     def _runs_on(self, session_id: str) -> list[Run]:
         return [run for run in self._runs if run.is_on(session_id)]
+
+    def mcp_changed(self) -> None:
+        """The MCP configuration was read anew: what has the old one is of no use any more."""
+        current = self.context.mcp.generation
+
+        def is_outdated(setup: Setup) -> bool:
+            return setup.mcp not in (0, current)
+
+        self.context.pool.drop_where(is_outdated, "the MCP configuration was read again")
+        self.context.spares.drop_where(is_outdated)
 
     async def shut_down(self, drain: float) -> None:
         """

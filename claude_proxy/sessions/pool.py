@@ -275,6 +275,12 @@ class AgentPool:
             )
             self._see_off(agent)
 
+    def drop_where(self, is_outdated: Callable[[Setup], bool], reason: str) -> None:
+        """End those with such a setup."""
+        for agent in self._agents():
+            if is_outdated(agent.setup):
+                self.drop(agent, reason)
+
     async def end(self, session: str) -> None:
         """End the process of a session, if one waits, and wait until it is gone."""
         found = self._waiting.get(session)

@@ -211,6 +211,12 @@ class Spares:
         for spare in kept[: max(len(kept) - most, 0)]:
             self._end(spare, "its room is needed")
 
+    def drop_where(self, is_outdated: Callable[[Setup], bool]) -> None:
+        """End those with such a setup, and start none like them."""
+        for setup in {*self._uses, *(spare.setup for spare in self._spares)}:
+            if is_outdated(setup):
+                self._discard(setup)
+
     def drop(self, reason: str) -> None:
         """End all; others come after the next turns, for what those use."""
         self._pause()
