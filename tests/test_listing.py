@@ -42,6 +42,7 @@ TOLD = {
     "last_used": "2025-11-22T19:21:40.000Z",
     "state": "live",
     "turns": 3,
+    "own_turns": 0,
     "cost_usd": 0.3,
     "last_outcome": "success",
 }

@@ -258,7 +258,11 @@ def test_who_leaves_while_a_dead_process_is_cleared_away_starts_no_other(world: 
     session, child = begin(world)
     turn, observer = world.ask(session_id=session, content="more")
     cleared: Deferred[None] = Deferred()
-    world.context.bury = lambda agent: cleared  # type: ignore[method-assign]
+
+    async def bury(agent: object) -> None:
+        await cleared
+
+    world.context.bury = bury  # type: ignore[method-assign]
     child.exits(1)
     turn.stop(None)
     cleared.callback(None)
@@ -411,6 +415,7 @@ def test_a_turn_of_the_clis_own_never_answers_ours(world: World) -> None:
     assert observer.events == ["init", "user", "assistant"]
     assert observer.outcome.result is not None
     assert observer.outcome.result.fields()["result"] == "ours"
+    assert figures(world, session) == (2, 1, 2.0)
 
 
 def test_a_process_that_is_busy_by_itself_is_not_disturbed_but_replaced(world: World) -> None:
@@ -436,6 +441,14 @@ def test_what_happens_between_turns_is_in_no_turns_figures(world: World) -> None
     _, observer = world.ask(session_id=session)
     answer(child, session, total_cost_usd=1.75)
     assert observer.outcome.totals["total_cost_usd"] == 0.25
+    assert figures(world, session) == (2, 1, 1.75)
+
+
+def figures(world: World, session: str) -> tuple[int, int, float]:
+    """A session's record: turns, turns of its agent's own, cost of all."""
+    found: list[Any] = []
+    world.store.find(session).addCallback(found.append)
+    return found[0].turns, found[0].own_turns, found[0].cost
 
 
 def test_a_process_that_works_in_another_directory_now_is_not_kept(world: World) -> None:

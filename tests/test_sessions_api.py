@@ -72,6 +72,7 @@ TOLD = {
     "last_used": "2025-11-22T19:21:40.000Z",
     "state": "idle",
     "turns": 0,
+    "own_turns": 0,
     "cost_usd": 0.0,
     "last_outcome": None,
 }

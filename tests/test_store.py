@@ -538,7 +538,7 @@ async def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path) -> Non
     database(path, "PRAGMA user_version = 99")
     before = path.read_bytes()
     sentence = await failure_of(Store(path, REACTOR).open())
-    assert "version 99, newer than version 3 " in sentence
+    assert "version 99, newer than version 4 " in sentence
     assert str(path) in sentence
     assert path.read_bytes() == before
 
@@ -565,6 +565,9 @@ async def test_an_older_database_is_brought_up_to_date(tmp_path: Path, version: 
     await store.finish_turn(B, 3.0, 0.5, "success", {})
     finished = replace(record, used=3.0, turns=1, cost=0.5, outcome="success")
     assert await store.page("bob", 10) == [finished]
+    await store.finish_own_turn(B, 0.25)
+    await store.finish_own_turn(A, float("nan"))
+    assert await store.find(A) == replace(finished, cost=0.75, own_turns=2)
     await store.close()
 
 
@@ -682,7 +685,7 @@ async def test_the_settings_of_the_database_are_as_meant(tmp_path: Path) -> None
     values = await store._ask(
         lambda db: [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
     )
-    assert values == ["wal", 1, 5000, 1, 1, -512, 3]
+    assert values == ["wal", 1, 5000, 1, 1, -512, 4]
     await store.close()
 
 

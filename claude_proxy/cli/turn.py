@@ -81,7 +81,8 @@ class Turn:
         """
         @param requested: when the request came, by `clock`: figures count from then.
         @param begun: called with the session's id when the CLI has taken the message.
-        @param noticed: called with each event about the process as a whole.
+        @param noticed: called with each event about the process as a whole, and with the results
+            of turns that the process has begun by itself.
         @param pairing: tells which events are the turn's own.
         @param totals: what the process has reported before.
         @param keeps: the process may stay after its result; whoever asked for the turn decides.
@@ -188,7 +189,8 @@ class Turn:
             return []
         own = self._pairing.sort(events)
         while self._pairing.foreign_results:
-            _, self.totals = turn_result(self._pairing.foreign_results.pop(0), self.totals)
+            result, self.totals = turn_result(self._pairing.foreign_results.pop(0), self.totals)
+            self._noticed(result)
         return own
 
     def agent_ended(self, ending: Ending) -> None:

@@ -115,6 +115,7 @@ def _described(record: SessionRecord, state: str) -> dict[str, Any]:
         "last_used": _timestamp(record.used),
         "state": state,
         "turns": record.turns,
+        "own_turns": record.own_turns,
         "cost_usd": round(record.cost, 9),  # a sum of doubles has dust at its end
         "last_outcome": record.outcome,
     }

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 from twisted.internet.defer import CancelledError
 
 from claude_proxy.cli import command, control, prompt, transcript
+from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Outcome, OutcomeKind, died_unheard
 from claude_proxy.cli.pairing import Pairing
 from claude_proxy.cli.turn import Turn
@@ -303,7 +305,7 @@ class Attempt:
             around.settings.limits,
             requested=request.received,
             begun=lambda cli_id: self._begun(plan, cli_id),
-            noticed=lambda event: notice(agent, event),
+            noticed=partial(self._noticed, agent),
             pairing=Pairing(
                 message_id,
                 fresh=agent.turns == 0,
@@ -337,6 +339,12 @@ class Attempt:
         if keeps:
             self._keep_or_end(agent, outcome)
         return outcome
+
+    def _noticed(self, agent: Agent, event: Event) -> None:
+        if event.type == "result":
+            self._context.went_on(agent, event)
+        else:
+            notice(agent, event)
 
     def _keep_or_end(self, agent: Agent, outcome: Outcome) -> None:
         """After a turn that went well its process waits for the next one."""

@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure as TwistedFailure
 
 from claude_proxy.cli.command import SessionStart, StartKind
+from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Outcome
 from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
@@ -298,6 +299,16 @@ class SessionBook:
         self._background(
             self._store.finish_turn(session, self._now(), cost, outcome.code, request.parameters)
         )
+
+    def went_on(self, session: str, result: Event) -> None:
+        """
+        Write down, in the background, a turn that the session's agent began by itself.
+
+        @param result: its own, with its own figures.
+        """
+        cost = result.fields().get("total_cost_usd")
+        amount = cost if isinstance(cost, (int, float)) else 0.0
+        self._background(self._store.finish_own_turn(session, amount))
 
     async def page(self, tenant: str, limit: int, before: Place | None) -> list[SessionRecord]:
         """

@@ -12,6 +12,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from claude_proxy.cli.control import ControlAnswer
+from claude_proxy.cli.events import Event
 from claude_proxy.cli.probe import CliProbe
 from claude_proxy.cli.sweep import Sweeper
 from claude_proxy.cli.turn import Limits
@@ -104,7 +105,11 @@ class RunContext:
         self.sweeper = sweeper
         self.files = AgentFiles(self.in_thread, settings.run_directory, settings.environment)
         self.pool = AgentPool(
-            clock, size=settings.live_sessions, idle=settings.live_idle, gone=self.bury
+            clock,
+            size=settings.live_sessions,
+            idle=settings.live_idle,
+            gone=self.bury,
+            went_on=self.went_on,
         )
         self._processes_started = 0
 
@@ -117,6 +122,11 @@ class RunContext:
         room = self.capacity.turns - self.capacity.running
         self.pool.make_room(room)
         self.spares.make_room(max(room - self.pool.waiting, 0))
+
+    def went_on(self, agent: Agent, result: Event) -> None:
+        """Take note of a turn that an agent has begun by itself: of its own result."""
+        if agent.session is not None:
+            self.book.went_on(agent.session, result)
 
     async def bury(self, agent: Agent) -> None:
         """Remove what an agent process leaves that is gone."""

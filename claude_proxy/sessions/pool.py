@@ -109,7 +109,8 @@ class _Bench:
                 self.is_stirring = True
             elif event.type == "result":
                 self.is_stirring = False
-                _, self._agent.totals = turn_result(event, self._agent.totals)
+                own, self._agent.totals = turn_result(event, self._agent.totals)
+                self._pool.went_on(self._agent, own)
             notice(self._agent, event)
         self._log.info(
             "{count} events between turns",
@@ -182,12 +183,15 @@ class AgentPool:
         size: int,
         idle: float,
         gone: Callable[[Agent], Awaitable[None]],
+        went_on: Callable[[Agent, Event], None],
     ) -> None:
         """
         @param size: how many may wait.
         @param idle: seconds for which each may.
         @param gone: called when a process that waited is gone: removes what it leaves behind.
+        @param went_on: called with the result of a turn that a process has begun by itself.
         """
+        self.went_on = went_on
         self._clock = clock
         self._size = size
         self._idle = idle

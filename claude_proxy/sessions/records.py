@@ -36,6 +36,7 @@ __all__ = [
     "delete",
     "encoded",
     "find",
+    "finish_own_turn",
     "finish_turn",
     "is_deleted",
     "page",
@@ -46,7 +47,7 @@ __all__ = [
 
 _COLUMNS = """
     id, cli_id, workspace, tenant, state, parameters, created, used, tip, claimed, conversation,
-    turns, cost, outcome
+    turns, cost, outcome, own_turns
 """
 
 _SELECT = f"""
@@ -75,6 +76,8 @@ _FINISH_TURN = """
     UPDATE sessions SET used = ?, turns = turns + 1, cost = cost + ?, outcome = ?, parameters = ?
     WHERE id = ?
 """
+
+_FINISH_OWN_TURN = "UPDATE sessions SET own_turns = own_turns + 1, cost = cost + ? WHERE id = ?"
 
 _PAGE = f"""
     SELECT {_COLUMNS} FROM sessions
@@ -125,8 +128,9 @@ class SessionRecord:
     @ivar claimed: the tip that a request has taken whose turn has not begun yet.
     @ivar conversation: the client's own name for the conversation.
     @ivar turns: how many turns have ended.
-    @ivar cost: of all of them, in US dollars.
+    @ivar cost: of all of them and of its own, in US dollars.
     @ivar outcome: how the last one ended, in a word; None before that.
+    @ivar own_turns: how many turns the agent began by itself.
     """
 
     id: str
@@ -143,6 +147,7 @@ class SessionRecord:
     turns: int = 0
     cost: float = 0.0
     outcome: str | None = None
+    own_turns: int = 0
 
 
 class Place(NamedTuple):
@@ -225,10 +230,15 @@ def finish_turn(
     parameters: str,
 ) -> None:
     """Remember that a turn has ended: what it cost, how it ended, and what it hands on."""
-    spent = cost if math.isfinite(cost) and cost > 0 else 0.0
     with transaction(connection):
-        known = (now, spent, outcome, parameters, _known(connection, name))
+        known = (now, _amount(cost), outcome, parameters, _known(connection, name))
         connection.execute(_FINISH_TURN, known)
+
+
+def finish_own_turn(connection: sqlite3.Connection, name: str, cost: float) -> None:
+    """Remember that a turn has ended that the agent began by itself."""
+    with transaction(connection):
+        connection.execute(_FINISH_OWN_TURN, (_amount(cost), _known(connection, name)))
 
 
 def set_tip(connection: sqlite3.Connection, name: str, tip: str, conversation: str | None) -> None:
@@ -288,6 +298,10 @@ def prune(connection: sqlite3.Connection, before: float, keep: int) -> int:
     """Forget what was not used for long, and the oldest of what is too much; how many it were."""
     with transaction(connection):
         return connection.execute(_PRUNE, (before, keep)).rowcount
+
+
+def _amount(cost: float) -> float:
+    return cost if math.isfinite(cost) and cost > 0 else 0.0
 
 
 def _record(row: Sequence[Any]) -> SessionRecord:

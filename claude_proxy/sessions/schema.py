@@ -54,6 +54,10 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Every id that a deleted session ever had.
         "CREATE TABLE deleted (id TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID",
     ),
+    (
+        # Turns that nobody asked for: tasks in the background had ended.
+        "ALTER TABLE sessions ADD COLUMN own_turns INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 VERSION = len(_MIGRATIONS)

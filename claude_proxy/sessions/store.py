@@ -159,6 +159,16 @@ class Store:
         finish = partial(records.finish_turn, name=session_id, now=now, cost=cost, outcome=outcome)
         return self._ask_with(parameters, finish)
 
+    def finish_own_turn(self, session_id: str, cost: float) -> Deferred[None]:
+        """
+        Remember that a turn has ended that the session's agent began by itself.
+
+        Fails if there is no such session.
+
+        @param cost: of this turn, in US dollars; what is no amount counts for nothing.
+        """
+        return self._ask(partial(records.finish_own_turn, name=session_id, cost=cost))
+
     def set_tip(self, session_id: str, tip: str, conversation: str | None) -> Deferred[None]:
         """
         Remember with which history a session ends now.
