@@ -16,11 +16,26 @@ from tests.e2e.server import Server, StartServer
 _HERE = Path(__file__).parent
 
 
+_CLIENTS = {
+    "test_ai_sdk",
+    "test_chat_frames",
+    "test_conversations",
+    "test_langchain",
+    "test_openai_node",
+    "test_openai_python",
+    "test_outcomes",
+    "test_python_conversations",
+}
+"""Modules about real clients: half of all, so that CI can run both halves side by side."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test of this folder."""
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.e2e)
+            if item.path.stem in _CLIENTS:
+                item.add_marker(pytest.mark.clients)
 
 
 @pytest.fixture(scope="session")
