@@ -35,6 +35,7 @@ from claude_proxy.sessions.mcp import McpConfigError, McpServers
 from claude_proxy.sessions.statelock import StateLock
 from claude_proxy.sessions.store import Store, StoreError
 from claude_proxy.settings import Settings
+from claude_proxy.web.direct import DirectConnection
 from claude_proxy.web.site import ProxySite
 
 __all__ = ["ProxyService", "StartError"]
@@ -83,6 +84,7 @@ class ProxyService(Service):
         self._settings = settings
         self._endpoint = endpoint
         self._connections = WrappingFactory(site)
+        self._connections.protocol = DirectConnection
         self._executor = executor
         self._book = book
         self._probe = probe

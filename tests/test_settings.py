@@ -63,7 +63,7 @@ def test_nothing_set_gives_the_defaults() -> None:
     assert load() == Settings(
         host="127.0.0.1",
         port=3000,
-        listen="tcp:port=3000:interface=127.0.0.1",
+        listen="tcp:port=3000:interface=127.0.0.1:backlog=1024",
         total_timeout=3600.0,
         inactivity_timeout=300.0,
         kill_timeout=5.0,
@@ -274,11 +274,15 @@ def test_all_mistakes_are_reported_in_one_message() -> None:
 @pytest.mark.parametrize(
     ("environ", "host", "listen"),
     [
-        ({"HOST": "localhost"}, "127.0.0.1", "tcp:port=3000:interface=127.0.0.1"),
-        ({"HOST": "LOCALHOST"}, "127.0.0.1", "tcp:port=3000:interface=127.0.0.1"),
-        ({"HOST": "::1", "PORT": "0"}, "::1", r"tcp:port=0:interface=\:\:1"),
-        ({"API_KEY": "k"}, "0.0.0.0", "tcp:port=3000:interface=0.0.0.0"),
-        ({"API_KEY": "k", "HOST": "10.0.0.1"}, "10.0.0.1", "tcp:port=3000:interface=10.0.0.1"),
+        ({"HOST": "localhost"}, "127.0.0.1", "tcp:port=3000:interface=127.0.0.1:backlog=1024"),
+        ({"HOST": "LOCALHOST"}, "127.0.0.1", "tcp:port=3000:interface=127.0.0.1:backlog=1024"),
+        ({"HOST": "::1", "PORT": "0"}, "::1", r"tcp:port=0:interface=\:\:1:backlog=1024"),
+        ({"API_KEY": "k"}, "0.0.0.0", "tcp:port=3000:interface=0.0.0.0:backlog=1024"),
+        (
+            {"API_KEY": "k", "HOST": "10.0.0.1"},
+            "10.0.0.1",
+            "tcp:port=3000:interface=10.0.0.1:backlog=1024",
+        ),
         ({"LISTEN": "unix:/run/x.sock"}, "127.0.0.1", "unix:/run/x.sock"),
     ],
 )

@@ -36,6 +36,13 @@ _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 _ENDPOINT = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*:.+")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
+_BACKLOG = 1024
+"""
+Connections that the system keeps until the server takes them.
+
+Those beyond it are dropped, and their clients try again after a second.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -168,7 +175,7 @@ def _listen(reader: Reader, host: str, port: int) -> str:
     text = reader.text("LISTEN")
     if not text:
         interface = host.replace(":", "\\:")
-        return f"tcp:port={port}:interface={interface}"
+        return f"tcp:port={port}:interface={interface}:backlog={_BACKLOG}"
     if not _ENDPOINT.fullmatch(text):
         reader.refuse(
             "LISTEN",

@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure as TwistedFailure
 from zope.interface import implementer
 
+from claude_proxy.web.direct import DirectConnection
 from claude_proxy.web.site import ProxyRequest
 
 __all__ = ["Outlet"]
@@ -86,9 +87,20 @@ class Outlet:
         """Write; without effect once the client has gone."""
         if self._state is _State.OPEN:
             was_paused = self.paused
-            self._request.write(data)
+            self._send(data)
             if was_paused:
                 self._unsent += len(data)  # or what is taken meanwhile would not be seen
+
+    def _send(self, data: bytes) -> None:
+        connection = self._request.channel.transport
+        if not isinstance(connection, DirectConnection):
+            self._request.write(data)
+            return
+        connection.gather()  # the head and the first of the body are one piece
+        try:
+            self._request.write(data)
+        finally:
+            connection.send()
 
     def finish(self) -> None:
         """End the response when the socket has taken all that was written."""

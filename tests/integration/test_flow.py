@@ -128,7 +128,7 @@ def read_slowly(client: socket.socket) -> tuple[str, int]:
     while data := response.read(128 * 1024):
         digest.update(data)
         length += len(data)
-        time.sleep(0.003)
+        time.sleep(0.01)
     return digest.hexdigest(), length
 
 
@@ -151,7 +151,7 @@ async def test_a_slow_but_steady_client_gets_everything(
             digest, length = await in_thread(read_slowly, client)
         assert length > 22_000_000
         assert digest == server.told("expected")
-        assert len(pauses) > 10
+        assert len(pauses) > 3
         await until(lambda: server.is_idle, "nothing is held")
 
 
