@@ -243,6 +243,30 @@ def test_a_process_that_dies_idle_is_forgotten(world: World) -> None:
     assert option(world.children[1], "--resume") == session
 
 
+def test_no_other_process_starts_before_the_one_that_gave_way_is_gone(make: Make) -> None:
+    world = make(live=1)
+    session, child = begin(world)
+    _, other = begin(world)
+    assert child.stdin_closed
+    _, observer = world.ask(session_id=session)
+    assert world.children == [child, other], "it may still write to the session"
+    child.exits()
+    assert option(world.children[2], "--resume") == session
+    world.children[2].says(init(session), result(session))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+
+
+def test_who_leaves_while_the_one_that_gave_way_leaves_starts_no_other(make: Make) -> None:
+    world = make(live=1)
+    session, child = begin(world)
+    _, other = begin(world)
+    turn, observer = world.ask(session_id=session)
+    turn.stop(None)
+    assert observer.outcome.kind is OutcomeKind.ABANDONED
+    child.exits()
+    assert world.children == [child, other]
+
+
 def test_one_that_dies_with_the_message_unread_is_replaced(world: World) -> None:
     session, child = begin(world)
     _, observer = world.ask(session_id=session, content="more")
@@ -281,6 +305,28 @@ def test_who_leaves_while_an_unfit_process_leaves_starts_no_other(world: World) 
     assert world.children == [child]
     assert world.is_idle()
     assert world.sweeper.swept == ["state.run.1"]
+
+
+def test_one_that_dies_when_it_may_have_taken_the_message_is_a_failure(world: World) -> None:
+    session, child = begin(world)
+    child.says({"type": "system", "subtype": "task_started", "task_id": "1"})
+    _, observer = world.ask(session_id=session)
+    child.says(init(session), text())  # whose turn it is shows only later
+    child.exits(1)
+    assert observer.failure is Failure.CLI_FAILED
+    assert world.children == [child], "the message may not be sent twice"
+    assert world.is_idle()
+
+
+def test_one_that_dies_after_a_turn_of_its_own_is_replaced(world: World) -> None:
+    session, child = begin(world)
+    child.says({"type": "system", "subtype": "task_started", "task_id": "1"})
+    _, observer = world.ask(session_id=session)
+    child.says(init(session), text(), result(session))
+    child.exits(1)
+    assert observer.outcomes == []
+    world.children[1].says(init(session), result(session))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
 
 
 def test_one_that_dies_in_its_turn_is_a_failure(world: World) -> None:
@@ -503,7 +549,7 @@ def test_a_spare_that_dies_with_the_message_unread_is_replaced(tmp_path: Path) -
     assert child is not spare
     assert user_message(child)["message"]["content"] == "more"
     session = option(child, "--session-id")
-    assert session == observer.planned[-1] != option(spare, "--session-id")
+    assert session == observer.planned[-1] == option(spare, "--session-id"), "no id is left over"
     world.finish(child, str(session))
     assert observer.outcome.kind is OutcomeKind.SUCCESS
 

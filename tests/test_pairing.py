@@ -51,7 +51,19 @@ def sorted_by(pairing: Pairing, events: list[Event]) -> list[Event]:
 
 def test_all_that_a_fresh_process_says_is_ours() -> None:
     events = [NOTICE, INIT, TEXT]
-    assert pair(fresh=True).sort(events) is events
+    assert pair(fresh=True).sort(events) == events
+
+
+@pytest.mark.parametrize("beginning", [[ECHO, NOTICE], [NOTICE, ECHO], [ECHO, NOTICE, ECHO]])
+def test_of_a_fresh_process_the_echoes_of_settings_are_left_out(beginning: list[Event]) -> None:
+    status = event("system", "status", status="requesting")
+    wanted = [NOTICE, INIT, status, TEXT]
+    assert pair(fresh=True).sort([*beginning, INIT, status, TEXT]) == wanted
+    assert sorted_by(pair(fresh=True), [*beginning, INIT, status, TEXT]) == wanted
+
+
+def test_a_fresh_process_may_say_how_it_ends_without_having_begun() -> None:
+    assert sorted_by(pair(fresh=True), [ECHO, RESULT]) == [RESULT]
 
 
 def test_a_turn_begins_with_its_init_and_echoes_are_left_out() -> None:

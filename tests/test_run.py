@@ -148,14 +148,27 @@ def test_a_turn_that_began_and_failed_does_not(world: World) -> None:
 
 def test_a_client_that_leaves_in_the_queue_gives_the_session_back(world: World) -> None:
     session = converse(world)
-    native, _ = world.ask(session_id=session)  # holds the lease, and has not begun
+    world.ask(session_id=session)  # holds the lease, and has not begun
     turn, observer = world.ask(tips=(TIP,))
     turn.stop(None)
     assert observer.outcome.kind is OutcomeKind.ABANDONED
-    native.stop(None)
     world.children[-1].exits(1)
     _, observer = world.ask(tips=(TIP,))
     assert observer.planned == [session]
+
+
+@pytest.mark.parametrize("fields", [{"tips": (TIP,)}, {"session_id": True}])
+def test_a_turn_that_is_stopped_may_have_been_heard(world: World, fields: dict[str, Any]) -> None:
+    session = converse(world)
+    turn, _ = world.ask(
+        **{name: value if value is not True else session for name, value in fields.items()}
+    )
+    child = world.children[-1]
+    assert user_message(child)
+    turn.stop(None)  # the CLI takes the message all the same, and then the interrupt
+    child.exits()
+    _, observer = world.ask(tips=(TIP,), history=HISTORY)
+    assert observer.planned != [session]
 
 
 def test_a_session_that_moved_on_meanwhile_is_not_continued(world: World) -> None:

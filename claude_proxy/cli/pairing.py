@@ -21,6 +21,8 @@ _HELD = 2000
 
 
 class _State(Enum):
+    FRESH = auto()
+    """Nothing has come, and all that will is ours."""
     BEFORE = auto()
     """Nothing of a turn has come."""
     HOLDING = auto()
@@ -38,7 +40,7 @@ class Pairing:
     def __init__(self, uuid: str, *, fresh: bool, cautious: bool, is_command: bool) -> None:
         """
         @param uuid: of the message that was sent.
-        @param fresh: nobody's turn was here before: all that comes is ours.
+        @param fresh: nobody's turn was here before: all that comes is ours, but for the echoes.
         @param cautious: something goes on in the background, so the replay is waited for.
         @param is_command: the message may be a local command, which has no replay.
         """
@@ -46,19 +48,36 @@ class Pairing:
         self._uuid = uuid
         self._cautious = cautious
         self._is_command = is_command
-        self._state = _State.OURS if fresh else _State.BEFORE
+        self._state = _State.FRESH if fresh else _State.BEFORE
         self._held: list[Event] = []
         self._holds_partials = True
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether a turn has begun that may be ours."""
+        return self._state is _State.HOLDING
 
     def sort(self, events: list[Event]) -> list[Event]:
         """The events that are the turn's own, of those that arrived together; mostly all."""
         if self._state is _State.OURS:
             return events
+        if self._state is _State.FRESH:
+            return self._begin(events)
         for position, event in enumerate(events):
             own = self._take(event)
             if own:
                 return [*own, *events[position + 1 :]]
         return []
+
+    def _begin(self, events: list[Event]) -> list[Event]:
+        """The first events of a process, without the echoes of the settings that it was told."""
+        own: list[Event] = []
+        for position, event in enumerate(events):
+            if event.type != "system" or event.subtype == "init":
+                return self._found([*own, *events[position:]])
+            if event.subtype != "status":
+                own.append(event)
+        return own
 
     def _take(self, event: Event) -> list[Event]:
         """Read one event; return what has turned out to be ours with it."""

@@ -61,6 +61,7 @@ class Turn:
 
     @ivar done: fires with the `Outcome`; never fails.
     @ivar totals: what the process has reported so far.
+    @ivar may_be_taken: it was ended when the CLI may have taken the message, and not said so yet.
     """
 
     _log = Logger(namespace="claude_proxy.cli")
@@ -97,6 +98,7 @@ class Turn:
         self._pairing = pairing
         self._keeps = keeps
         self.totals = totals
+        self.may_be_taken = False
         self._state = _State.WAITING
         self._agent: AgentProcess | None = None
         self._session_id: str | None = None
@@ -121,6 +123,7 @@ class Turn:
         """End the turn now; `reason` is None if its client has left."""
         if self._state is _State.ENDED:
             return
+        self.may_be_taken = self._begun is not None
         kind = OutcomeKind.ABANDONED if reason is None else OutcomeKind.FAILURE
         self._end(Outcome(kind, reason))
         if self._agent is not None:
@@ -195,6 +198,10 @@ class Turn:
 
     def agent_ended(self, ending: Ending) -> None:
         if self._state is not _State.ENDED:
+            if self._pairing.is_holding:
+                self.may_be_taken = True
+                first_event = self._last_heard - self._requested
+                self._figures = replace(self._figures, first_event=first_event)
             self._end(outcome_of_ending(ending, spoke=self._state is _State.RUNNING))
 
     def _deliver(self, events: list[Event]) -> None:

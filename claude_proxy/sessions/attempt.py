@@ -101,6 +101,7 @@ class Attempt:
         outcome = await self._go_on(plan, setup)
         if outcome is None:
             outcome = await self._begin_on_spare(plan, setup)
+            plan = self._plan
         if outcome is None:
             around.book.planned(plan, self._request)
             plan = await self._tell_history(plan, setup.key.workspace)
@@ -185,7 +186,7 @@ class Attempt:
     async def _go_on(self, plan: Plan, setup: Setup) -> Outcome | None:
         """Run the turn on the session's live process; None if there is none, or no more."""
         pool = self._context.pool
-        if plan.start.kind is not command.StartKind.RESUME or plan.lease_key not in pool:
+        if plan.start.kind is not command.StartKind.RESUME:
             return None
         agent = pool.take(plan.lease_key, setup)
         if agent is not None and not can_be_set(agent, turn_settings(self._request), self._can):
@@ -194,6 +195,7 @@ class Attempt:
             await self._make_way()
             return None
         if agent is None:
+            # Also if it was ended for another reason: while it leaves, it may still write.
             await pool.vacated(plan.lease_key)
             return None
         outcome = await self._run_turn(agent, plan)
@@ -213,17 +215,16 @@ class Attempt:
             return None
         session_id = str(agent.cli_session)
         start = command.SessionStart(command.StartKind.NEW, session_id)
-        spare_plan = replace(plan, session_id=session_id, lease_key=session_id, start=start)
-        self.lease_key = session_id
+        plan = replace(plan, session_id=session_id, lease_key=session_id, start=start)
+        self._plan, self.lease_key = plan, session_id
         self._leases[0].add_key(session_id)
-        self._tell_plan(spare_plan)
-        self._context.book.planned(spare_plan, self._request)
-        outcome = await self._run_turn(agent, spare_plan)
+        self._tell_plan(plan)
+        self._context.book.planned(plan, self._request)
+        outcome = await self._run_turn(agent, plan)
         if not died_unheard(outcome):
             return outcome
+        # Its session is known by now: the next process begins that one.
         await self._make_way()
-        self.lease_key = plan.lease_key
-        self._tell_plan(plan)
         return None
 
     async def _start_out(self, plan: Plan, setup: Setup) -> Outcome:
@@ -336,9 +337,17 @@ class Attempt:
         agent.totals = turn.totals
         agent.turns += 1
         self._write_down(plan, outcome)
+        if turn.may_be_taken:
+            self._may_have_moved_on()
         if keeps:
             self._keep_or_end(agent, outcome)
         return outcome
+
+    def _may_have_moved_on(self) -> None:
+        """The session may have heard the message; nobody may find it by its history any more."""
+        record_id, start = self._plan.record_id, self._plan.start
+        if record_id is not None and start.kind is command.StartKind.RESUME and start.session_id:
+            self._context.book.resumed_by(record_id, start.session_id)
 
     def _noticed(self, agent: Agent, event: Event) -> None:
         if event.type == "result":

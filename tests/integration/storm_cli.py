@@ -3,8 +3,7 @@ A CLI that misbehaves on order, for the storm in test_storm.py.
 
 It speaks what the proxy needs of Claude Code 2.1 and remembers its sessions, but the prompt is a
 JSON object that says how to behave: `do` names a function of this module, the rest are its
-parameters.  It is a program of its own, started as `python -I -S storm_cli.py`, and imports little,
-because one starts for each turn.
+parameters.  It imports little, because one starts for each turn.
 
 Its answers can be checked: `text_of` makes them from the turn's token, and every result tells the
 tokens of all messages that its session has taken so far.  Two processes in one session at the same
@@ -88,6 +87,9 @@ class Session:
     def take(self, token: str) -> None:
         """Remember a message; a process that is killed here has done it or not, never half."""
         self.told.append(token)
+        self.save()
+
+    def save(self) -> None:
         new = f"{self.path}.{os.getpid()}"
         with open(new, "w", encoding="ascii") as file:  # noqa: PTH123 - as above
             file.write("\n".join(self.told))
@@ -412,7 +414,3 @@ def main() -> None:
     folder = os.path.join(os.environ["CLAUDE_CONFIG_DIR"], "sessions")  # noqa: PTH118 - as above
     os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - as above
     Cli(open_session(options, folder), options).run()
-
-
-if __name__ == "__main__":
-    main()

@@ -298,14 +298,14 @@ def check_logbook(entries: Iterable[Entry], final: Mapping[str, list[str]]) -> N
 
     No message may be lost, taken twice, out of order or in another session.
 
-    @param final: what each session knew at last.
+    @param final: what each session that there is knew at last.
     """
     by_session: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.session is not None:
             by_session.setdefault(entry.session, []).append(entry)
-    for session, turns in by_session.items():
-        told = final[session]
+    for session, told in final.items():
+        turns = by_session.get(session, [])
         place = {token: position for position, token in enumerate(told)}
         assert len(place) == len(told), f"{session} took a message twice: {told}"
         strange = set(told) - _known(session, by_session)

@@ -15,25 +15,30 @@ import json
 import os
 import random
 import re
-import shlex
 import signal
 import socket
-import struct
-import sys
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pytest
-
-from tests.e2e.daemon import Daemon
-from tests.e2e.processes import children_of, processes_with_env, wait_until
+from tests.e2e.processes import processes_with_env
+from tests.integration import storm_cli
+from tests.integration.ship import (
+    GROWTH_BYTES,
+    Ship,
+    cleared,
+    program,
+    read_all,
+    read_for,
+    request_bytes,
+    reset,
+)
 from tests.integration.storm_plan import (
     INACTIVITY_SECONDS,
     SERVER,
@@ -48,11 +53,6 @@ from tests.support import Answer, parse_answers
 
 AT_ONCE = 16
 WARM_UP = 100
-GROWTH_BYTES = 5 * 1024 * 1024
-
-PATIENCE = 60.0
-"""Seconds after which a client, or the test, gives up.  Nothing here takes that long."""
-
 SETTINGS = {
     "LOG_LEVEL": "info",
     "LIVE_SESSIONS": "0",
@@ -63,216 +63,12 @@ SETTINGS = {
     "MAX_BODY_BYTES": str(4 * 1024 * 1024),
 }
 
-# Run by the daemon's interpreter before all else.  Objects that refer to each other are freed when
-# its collector gets to them, after some hundred turns, and glibc keeps what was freed for the next
-# peak: without these two the memory would tell what was once needed, and not what is held.
-FREE_ON_SIGNAL = """
-import ctypes, gc, signal
-
-def free(*_):
-    gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
-
-signal.signal(signal.SIGUSR2, free)
-"""
-
 MCP = json.dumps({"mcpServers": {SERVER: {"command": "light"}}})
-
-
-class Journal(deque[str]):
-    """The daemon's log, understood as it is written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._records: dict[str, list[dict[str, Any]]] = {}
-        self._changed = threading.Condition()
-
-    def append(self, line: str) -> None:
-        record = json.loads(line) if line.startswith("{") else {"type": "no JSON", "line": line}
-        super().append(line)
-        with self._changed:
-            self._records.setdefault(record["type"], []).append(record)
-            self._changed.notify_all()
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one type so far."""
-        with self._changed:
-            return list(self._records.get(kind, []))
-
-    def all(self) -> list[dict[str, Any]]:
-        """All records so far, by their types."""
-        with self._changed:
-            return [record for records in self._records.values() for record in records]
-
-    def wait_for(self, kind: str, token: str) -> dict[str, Any]:
-        """The first such record of a turn, waited for."""
-
-        def look() -> dict[str, Any] | None:
-            records = self._records.get(kind, [])
-            return next((r for r in records if r.get("request_id") == token), None)
-
-        with self._changed:
-            found = self._changed.wait_for(look, PATIENCE)
-        assert found, f"{token}: no record {kind}"
-        return found
-
-
-class Ship(Daemon):
-    """The daemon, and what can be seen of it from outside."""
-
-    def __init__(self, folder: Path) -> None:
-        program = Path(__file__).with_name("storm_cli.py")
-        cli = shlex.join([sys.executable, "-I", "-S", str(program)])
-        super().__init__(
-            folder, "claude", "http://127.0.0.1:9", env={**SETTINGS, "CLAUDE_CLI": cli}
-        )
-        self.journal = self.lines = Journal()
-        self.cwd.mkdir()
-        site = folder / "site"
-        site.mkdir()
-        (site / "sitecustomize.py").write_text(FREE_ON_SIGNAL)
-        path = [str(site), self.environment.get("PYTHONPATH", "")]
-        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        self._write_mcp(MCP)
-
-    def records(self, type: str | None = None, **fields: Any) -> list[dict[str, Any]]:  # noqa: A002  (as in Daemon)
-        found = self.journal.all() if type is None else self.journal.of(type)
-        return [r for r in found if all(r.get(name) == value for name, value in fields.items())]
-
-    def _write_mcp(self, text: str) -> None:
-        new = self.cwd / "mcp-config.new"
-        new.write_text(text)
-        new.rename(self.cwd / "mcp-config.json")
-
-    def reload(self, text: str, expected: str) -> None:
-        """Have another MCP configuration read, and wait for this record of it."""
-        before = len(self.journal.of(expected))
-        self._write_mcp(text)
-        self.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: len(self.journal.of(expected)) > before, expected, PATIENCE)
-
-    def connect(self, *, narrow: bool = False) -> socket.socket:
-        """A connection; a narrow one takes little at once."""
-        client = socket.socket()
-        if narrow:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.settimeout(PATIENCE)
-        client.connect(("127.0.0.1", self.port))
-        return client
-
-    def ask(self, request: bytes) -> Answer:
-        """The one answer on a connection of its own."""
-        with self.connect() as client:
-            client.sendall(request)
-            [answer] = parse_answers(read_all(client), closed=True)
-        return answer
-
-    def call(self, session: str | None) -> list[str]:
-        """A turn that is nothing special; the tokens that its session knew before."""
-        order = {"token": "call", "do": "good", "size": 10, "piece": 10}
-        body = {"prompt": json.dumps(order), "session-id": session, "stream": False}
-        answer = self.ask(request_bytes(body, f"call-{session}"))
-        assert answer.status == 200, (session, answer)
-        told: list[str] = answer.json["told"]
-        assert told.pop() == order["token"]
-        return told
-
-    def signal_child(self, pid: int, number: signal.Signals) -> None:
-        """Signal a child of the daemon; nobody, if it is gone."""
-        with suppress(OSError):
-            held = os.pidfd_open(pid)
-            try:
-                parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-                if int(parent) == self.pid:
-                    signal.pidfd_send_signal(held, number)
-            finally:
-                os.close(held)
-
-    @property
-    def memory(self) -> int:
-        """What is resident, in bytes."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
-    def memory_in_calm(self) -> int:
-        """What is resident when all that can be freed is."""
-        self.process.send_signal(signal.SIGUSR2)
-        self.call(None)  # the signal is handled before the request
-        return self.memory
-
-    @property
-    def descriptors(self) -> Counter[str]:
-        """What it holds: files by name, sockets and pipes by kind."""
-        found: Counter[str] = Counter()
-        for link in Path(f"/proc/{self.pid}/fd").iterdir():
-            with suppress(OSError):
-                found[re.sub(r":\[\d+\]$", "", str(link.readlink()))] += 1
-        return found
-
-    def in_hand(self) -> dict[str, Any]:
-        """All that turns have left, or not yet ended."""
-        ids = {
-            kind: Counter(record[by] for record in self.journal.of(kind))
-            for kind, by in (
-                ("request", "request_id"),
-                ("turn_end", "request_id"),
-                ("turn_start", "pid"),
-                ("process_exit", "pid"),
-            )
-        }
-        return {
-            "turns without an end": ids["request"] - ids["turn_end"],
-            "turns with two ends": ids["turn_end"] - ids["request"],
-            "starts without an exit": ids["turn_start"] - ids["process_exit"],
-            "exits without a start": ids["process_exit"] - ids["turn_start"],
-            "children": children_of(self.pid),
-            "marked processes": set(processes_with_env(str(self.folder))) - {self.pid},
-            "files of the run": list((self.state / "run").iterdir()),
-            "temporary files": list((self.folder / "tmp").iterdir()),
-        }
-
-    def wait_for_calm(self, descriptors: Counter[str]) -> None:
-        """Wait until nothing is left of any turn, and no descriptor but these."""
-
-        def left() -> dict[str, Any]:
-            found = {**self.in_hand(), "descriptors": self.descriptors - descriptors}
-            return {name: value for name, value in found.items() if value}
-
-        with suppress(AssertionError):
-            wait_until(lambda: not left(), "calm", PATIENCE)
-        assert left() == {}
-
-
-def request_bytes(
-    body: object, token: str, *, version: str = "1.1", headers: tuple[str, ...] = ()
-) -> bytes:
-    """A request for a turn, the last one on its connection."""
-    encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = [
-        f"POST /api/claude HTTP/{version}",
-        "Host: localhost",
-        "Content-Type: application/json",
-        f"Content-Length: {len(encoded)}",
-        f"X-Request-Id: {token}",
-        "Connection: close",
-        *headers,
-    ]
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + encoded
 
 
 def kept_alive(request: bytes) -> bytes:
     """The same request, but not the last one."""
     return request.replace(b"Connection: close\r\n", b"", 1)
-
-
-def read_all(client: socket.socket, look: Callable[[bytes], object] | None = None) -> bytes:
-    """Everything up to the end; `look` sees the beginning as it grows."""
-    received = bytearray()
-    while data := client.recv(1 << 16):
-        received += data
-        if look is not None:
-            look(bytes(received[:4096]))
-    return bytes(received)
 
 
 def read_slowly(client: socket.socket, chance: random.Random) -> bytes:
@@ -287,10 +83,15 @@ def read_slowly(client: socket.socket, chance: random.Random) -> bytes:
     return bytes(received)
 
 
-def reset(client: socket.socket) -> None:
-    """Close a connection without farewell."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
+def call(ship: Ship, session: str | None) -> list[str]:
+    """A turn that is nothing special; the tokens that its session knew before."""
+    order = {"token": "call", "do": "good", "size": 10, "piece": 10}
+    body = {"prompt": json.dumps(order), "session-id": session, "stream": False}
+    answer = ship.ask(request_bytes(body, f"call-{session}"))
+    assert answer.status == 200, (session, answer)
+    told: list[str] = answer.json["told"]
+    assert told.pop() == order["token"]
+    return told
 
 
 class Crew:
@@ -445,20 +246,7 @@ class Crew:
         """Use every session once more: nobody holds it; return what each of them knows."""
         sessions = {entry.session for entry in self.entries if entry.session is not None}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return dict(zip(sessions, pool.map(self._ship.call, sessions), strict=True))
-
-
-def read_for(client: socket.socket, seconds: float) -> bytes:
-    """What comes in so many seconds."""
-    received, end = b"", time.monotonic() + seconds
-    with suppress(TimeoutError):
-        while (left := end - time.monotonic()) > 0:
-            client.settimeout(left)
-            data = client.recv(1 << 12)
-            received += data
-            if not data:
-                break
-    return received
+            return dict(zip(sessions, pool.map(partial(call, self._ship), sessions), strict=True))
 
 
 # Requests that are no turns.
@@ -542,49 +330,28 @@ def watches(plans: list[Plan]) -> Iterator[list[Plan]]:
         yield rest[start : start + size]
 
 
-def check_log(ship: Ship, reloads: int) -> None:
-    """Check that nothing went wrong that was not made to."""
-    records = ship.journal.all()
-    errors = Counter(record["type"] for record in records if record.get("level") == "error")
-    assert errors == {"mcp_reload_failed": reloads}
-    assert [record for record in records if "traceback" in record] == []
-    assert ship.journal.of("no JSON") == []
-    assert "Unhandled" not in ship.output
-    assert list(ship.stderr_lines) == []
-
-
-@pytest.fixture
-def harbour(tmp_path: Path) -> Iterator[Path]:
-    """A folder; what still runs on behalf of it is ended, should the test have failed."""
-    yield tmp_path
-    for pid in processes_with_env(str(tmp_path)):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def test_a_storm_is_weathered(harbour: Path) -> None:
+def test_a_storm_is_weathered(tmp_path: Path) -> None:
     seed = int(os.environ.get("STORM_SEED", "1"))
     count = int(os.environ.get("STORM_TURNS", "500"))
     calm: list[int] = []
-    with Ship(harbour) as ship:
+    with cleared(tmp_path), Ship(tmp_path, program(storm_cli.__name__), SETTINGS, MCP) as ship:
         crew, weather = Crew(ship), Weather(ship, random.Random(seed))
         ship.wait_for_record("cli_found")
-        ship.call(None)
+        call(ship, None)
         descriptors = ship.descriptors
         for watch in watches(draw(seed, count)):
             with weather.blowing(), ThreadPoolExecutor(AT_ONCE) as pool:
                 failed = [said for said in pool.map(crew.attempt, watch) if said]
             assert not failed, f"STORM_SEED={seed}, {len(failed)} of {len(watch)}: {failed[:5]}"
             ship.wait_for_calm(descriptors)
-            calm.append(ship.memory_in_calm())
-        assert not (harbour / "config" / "sessions" / "collisions").exists()
+            calm.append(ship.memory)
+        assert not (tmp_path / "config" / "sessions" / "collisions").exists()
         check_logbook(crew.entries, crew.call_at_every_port())
         ship.wait_for_calm(descriptors)
-        calm.append(ship.memory_in_calm())
-        ship.wait_for_calm(descriptors)
+        calm.append(ship.memory)
         memory = [f"{size / 1e6:.1f} MB" for size in (*calm, weather.peak)]
         print("memory in each calm, and at most:", *memory)  # noqa: T201 - how near the limit
         assert max(calm) - calm[0] <= GROWTH_BYTES, memory
-        check_log(ship, weather.reloads)
+        ship.check_log({"mcp_reload_failed": weather.reloads})
     assert ship.returncode == -signal.SIGTERM
-    assert processes_with_env(str(harbour)) == []
+    assert processes_with_env(str(tmp_path)) == []
