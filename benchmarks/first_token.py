@@ -1,78 +1,68 @@
 """
-What the server itself adds to the time to the first token, with a child that answers at once.
+What the server itself adds to the time to the first text, with a child that answers at once.
 
     python -m benchmarks.first_token [PAIRS]
 
-Pairs of one request and one bare start of the same child with the same launcher, interleaved.
-Aim: at most 3 ms.
+Pairs of one request and one turn by hand with the same child, interleaved: first with a process
+that is started for the turn, then with one that waits for it.  Aims: at most 3 ms and 1 ms.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import statistics
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
-from benchmarks.children import instant
-from benchmarks.harness import argument, connect, elapsed, request_bytes, server, spread
-from claude_proxy.cli.command import launch_prefix
+from benchmarks.children import SAID, instant, live
+from benchmarks.harness import Server, argument, machine, server
+from benchmarks.pairs import Pairs
+from benchmarks.turns import ByHand, Client
 
-_END = b"0\r\n\r\n"
-_EVENTS = 3
-
-
-def bare_start(child: Path, folder: str) -> float:
-    """Seconds until the first text when the child is started by hand."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [*launch_prefix(folder), child], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    seen = b""
-    while b"assistant" not in seen:
-        seen += os.read(process.stdout.fileno(), 1 << 16)
-    seconds = elapsed(begin)
-    process.communicate(timeout=10)
-    return seconds
+_NEW_AIM, _LIVE_AIM = 0.003, 0.001
 
 
-def through_server(connection: socket.socket) -> float:
-    """Seconds until the first text of an answer; it is read to its end."""
-    begin = time.perf_counter()
-    connection.sendall(request_bytes({"prompt": "x"}))
-    seen, first = b"", None
-    while not seen.endswith(_END):
-        data = connection.recv(1 << 16)
-        seen += data
-        if first is None and b"assistant" in seen:
-            first = elapsed(begin)
-        if not data:
-            break
-    if first is None or seen.count(b"\ndata: ") != _EVENTS or not seen.endswith(_END):
-        raise SystemExit(f"The answer is not whole: {seen!r}")
-    return first
+def new_process(child: Path, running: Server, folder: str, count: int) -> Pairs:
+    """Turns with a process of their own."""
+    pairs = Pairs()
+
+    def start() -> float:
+        with ByHand([str(child)], folder) as by_hand:
+            return by_hand.ask("x", SAID)
+
+    with Client(running.port) as client:
+        for _ in range(count):
+            pairs.measure(lambda: client.ask("x", SAID), start)
+    return pairs
+
+
+def live_process(child: Path, running: Server, folder: str, count: int) -> Pairs:
+    """Turns with the process of the turn before."""
+    pairs = Pairs()
+    with Client(running.port) as client, ByHand([str(child)], folder) as by_hand:
+        client.ask("x", SAID)
+        by_hand.ask("x", SAID)
+        session = client.session
+        for _ in range(count):
+            pairs.measure(
+                lambda: client.ask("x", SAID, session),
+                lambda: by_hand.ask("x", SAID),
+            )
+    starts = running.records("turn_start")
+    if [start["live"] for start in starts[-count - 1 :]] != [False, *[True] * count]:
+        raise SystemExit("A turn did not run in the process of the one before.")
+    return pairs
 
 
 def main() -> None:
     """Measure and print."""
-    pairs = argument(1, 200)
+    count = argument(1, 200)
+    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         child = instant(Path(folder, "instant"))
         with server(child) as running:
-            connection = connect(running.port)
-            ours, theirs = [], []
-            for _ in range(pairs):
-                ours.append(through_server(connection))
-                theirs.append(bare_start(child, folder))
-            connection.close()
-    added = statistics.median(ours) - statistics.median(theirs)
-    print(f"bare start     {spread(theirs)}")
-    print(f"claude-proxy   {spread(ours)}")
-    print(f"added          {added * 1000:.2f} ms (median of {pairs} pairs)")
+            print(new_process(child, running, folder, count).report("bare start", _NEW_AIM))
+        child = live(Path(folder, "live"))
+        with server(child) as running:
+            print(live_process(child, running, folder, count).report("live child", _LIVE_AIM))
 
 
 if __name__ == "__main__":

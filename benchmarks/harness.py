@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import socket
 import statistics
 import subprocess
@@ -14,18 +16,35 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Server", "argument", "connect", "elapsed", "request_bytes", "server", "spread"]
+import twisted
+
+__all__ = [
+    "Server",
+    "argument",
+    "connect",
+    "elapsed",
+    "machine",
+    "request_bytes",
+    "server",
+    "spread",
+]
 
 _HERE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running daemon."""
+    """
+    A running daemon.
+
+    @ivar log: the file with its records.
+    """
 
     pid: int
     port: int
+    log: Path
 
     def cpu(self) -> float:
         """CPU seconds it has used."""
@@ -42,6 +61,11 @@ class Server:
     def descriptors(self) -> int:
         """How many descriptors it holds."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Its log records of this type so far, oldest first."""
+        records = map(json.loads, self.log.read_text().splitlines())
+        return [record for record in records if record["type"] == kind]
 
 
 @contextmanager
@@ -70,7 +94,7 @@ def server(cli: Path, **settings: str) -> Iterator[Server]:
         with log.open("wb") as output:
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output)
         try:
-            yield Server(process.pid, _wait_for_port(log))
+            yield Server(process.pid, _wait_for_port(log), log)
         finally:
             process.terminate()
             process.wait(timeout=30)
@@ -119,3 +143,13 @@ def argument(position: int, default: int) -> int:
 def elapsed(since: float) -> float:
     """Seconds since a `time.perf_counter` value."""
     return time.perf_counter() - since
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    kind = names[0] if names else platform.machine()
+    return (
+        f"{os.cpu_count()} processors ({kind}), load {os.getloadavg()[0]:.1f}, "
+        f"Python {platform.python_version()}, Twisted {twisted.__version__}"
+    )

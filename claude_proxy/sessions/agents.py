@@ -22,7 +22,7 @@ from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IAgentListener
 from claude_proxy.sessions import freshness
 from claude_proxy.sessions.context import COME_BACK, RunContext
-from claude_proxy.sessions.pool import Agent, Setup
+from claude_proxy.sessions.pool import Agent, Setup, place_of
 from claude_proxy.sessions.spares import Spares
 
 __all__ = ["make_spares", "start"]
@@ -69,7 +69,7 @@ async def start(
         heard=beginning.over,
     )
     marker = around.next_marker()
-    agent = Agent(process, setup, marker, settings)
+    agent = Agent(process, setup, marker, settings, place=place_of(setup.key.workspace))
     try:
         mcp_file = await _write_mcp_file(around, agent)
         argv = command.build_argv(

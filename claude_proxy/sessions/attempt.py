@@ -94,8 +94,11 @@ class Attempt:
         """
         around, plan, can = self._context, self._plan, self._can
         self._tell_plan(plan)
-        directory = await around.in_thread(around.workspaces.open, plan.workspace)
-        setup = self._setup(str(directory))
+        # A live process holds its directory: while that is in its place, it need not be looked for.
+        directory = around.pool.directory(plan.lease_key) or str(
+            await around.in_thread(around.workspaces.open, plan.workspace)
+        )
+        setup = self._setup(directory)
         if can.live:
             around.spares.used(setup)
         outcome = await self._go_on(plan, setup)

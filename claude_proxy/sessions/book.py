@@ -23,6 +23,7 @@ from claude_proxy.cli.outcomes import Outcome
 from claude_proxy.cli.versions import Capabilities
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.inheritance import inherited
+from claude_proxy.sessions.recent import RecentSessions
 from claude_proxy.sessions.store import Place, SessionRecord, Store, StoreError
 from claude_proxy.sessions.turns import TurnRequest
 
@@ -95,10 +96,12 @@ class SessionBook:
         self._now = now
         self._make_id = make_id
         self._written_down = 0
+        self._recent = RecentSessions()
 
     def use(self, store: Store) -> None:
         """Keep the book in another store from now on."""
         self._store = store
+        self._recent.forget()
 
     async def recognise(self, request: TurnRequest) -> TurnRequest:
         """
@@ -282,7 +285,7 @@ class SessionBook:
             plan.session_id if plan.start.kind is not StartKind.RESUME else None
         )
         if known is not None:
-            self._background(self._store.begin(known, cli_id, self._now()))
+            self.resumed_by(known, cli_id)
             return known
         kept = plan.lease_key if plan.start.kind is StartKind.RESUME else cli_id
         record = self._record(plan, request, kept, begun=True)
@@ -291,6 +294,7 @@ class SessionBook:
 
     def resumed_by(self, session: str, cli_id: str) -> None:
         """Write down, in the background, by which of its ids the CLI resumes the session now."""
+        self._recent.begun(session, cli_id)
         self._background(self._store.begin(session, cli_id, self._now()))
 
     def used(self, session: str, request: TurnRequest, outcome: Outcome) -> None:
@@ -337,6 +341,7 @@ class SessionBook:
 
         @raise ProxyError: SESSION_NOT_FOUND, or INTERNAL_ERROR: the store has failed.
         """
+        self._recent.forget()
         record = await self._asked(self._store.delete(session, tenant))
         if record is None:
             raise ProxyError(Failure.SESSION_NOT_FOUND, _NOT_LISTED)
@@ -369,12 +374,20 @@ class SessionBook:
         writing: Deferred[Any] = self._store.create(record)
         if self._written_down % _PRUNED_EVERY == 0:  # the first of a run, too
             before = self._now() - KEPT_FOR
-            writing.addCallback(lambda _: self._store.prune(before, KEPT_SESSIONS))
+            writing.addCallback(lambda _: self._prune(before))
         self._background(writing)
         self._written_down += 1
 
+    def _prune(self, before: float) -> Deferred[int]:
+        self._recent.forget()
+        return self._store.prune(before, KEPT_SESSIONS)
+
     async def _find_alive(self, session_id: str) -> SessionRecord | None:
         """What is known of a session.  SESSION_NOT_FOUND if it was deleted."""
+        known = self._recent.get(session_id)
+        if known is not None:
+            return known
+        changes = self._recent.changes
         try:
             record = await self._store.find(session_id)
             if record is None and await self._store.is_deleted(session_id):
@@ -382,6 +395,8 @@ class SessionBook:
         except StoreError as error:
             self._complain(error)
             return None
+        if record is not None:
+            self._recent.keep(record, changes)
         return record
 
     async def _find(self, session_id: str) -> SessionRecord | None:

@@ -67,6 +67,7 @@ class Agent:
     @ivar directory: where its first turn began, as it said.
     @ivar has_moved: its turns begin in another directory now, where a new process would not.
     @ivar is_restless: it may begin turns by itself even without such tasks.
+    @ivar place: which directory on the disk it was started in; None if that is not known.
     """
 
     process: AgentProcess
@@ -83,6 +84,7 @@ class Agent:
     is_restless: bool = False
     directory: object = None
     has_moved: bool = False
+    place: tuple[int, int] | None = None
 
 
 @implementer(IAgentListener)
@@ -128,6 +130,15 @@ class _Bench:
         if self.idle_timer is not None and self.idle_timer.active():
             self.idle_timer.cancel()
         self.idle_timer = None
+
+
+def place_of(directory: str) -> tuple[int, int] | None:
+    """Which directory on the disk a path leads to; None if to none."""
+    try:
+        found = Path(directory).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def notice(agent: Agent, event: Event) -> None:
@@ -223,6 +234,18 @@ class AgentPool:
             self._idle, self.drop, agent, "it was idle for too long"
         )
         self.make_room(self._size)
+
+    def directory(self, session: str) -> str | None:
+        """
+        Where the process works that waits for this session.
+
+        None if none waits, or if the path leads to another directory by now, or to none.
+        """
+        found = self._waiting.get(session)
+        if found is None:
+            return None
+        agent, directory = found[0], found[0].setup.key.workspace
+        return directory if agent.place == place_of(directory) is not None else None
 
     def take(self, session: str, setup: Setup) -> Agent | None:
         """
@@ -332,6 +355,8 @@ def _mismatch(agent: Agent, setup: Setup, *, is_stirring: bool) -> str | None:
         return "it has ended"
     if is_stirring:
         return "it is busy with a task of its own"
+    if agent.place != place_of(agent.setup.key.workspace):
+        return "its workspace is another directory now"
     if agent.setup != setup:
         changed = [
             name for name in Setup.__slots__ if getattr(agent.setup, name) != getattr(setup, name)
