@@ -9,9 +9,24 @@ travels as a `ProxyError`; only the edge turns it into bytes.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
-__all__ = ["Failure", "ProxyError"]
+__all__ = ["ErrorEnvelope", "ErrorFields", "Failure", "ProxyError"]
+
+
+class ErrorFields(TypedDict):
+    """What went wrong: `code` is for programs and a promise, `message` says what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(TypedDict):
+    """OpenAI's error envelope, in which every failure is told."""
+
+    error: ErrorFields
 
 
 class _Entry(NamedTuple):
@@ -73,6 +88,18 @@ class Failure(Enum):
         415,
         "invalid_request_error",
         "Send the body as JSON, with the header 'Content-Type: application/json'.",
+    )
+    MALFORMED_REQUEST = _Entry(
+        "malformed_request",
+        400,
+        "invalid_request_error",
+        "This is no HTTP request that this server understands.",
+    )
+    HEAD_TOO_LARGE = _Entry(
+        "head_too_large",
+        431,
+        "invalid_request_error",
+        "The request has too many headers, or they are too long.",
     )
     REQUEST_TIMEOUT = _Entry(
         "request_timeout",
@@ -203,8 +230,8 @@ class ProxyError(Exception):
         self.allow = allow
         super().__init__(f"{failure.code}: {self.message}")
 
-    def envelope(self) -> dict[str, dict[str, str | None]]:
-        """The JSON body that every dialect sends: OpenAI's error envelope."""
+    def envelope(self) -> ErrorEnvelope:
+        """The JSON body that every dialect sends."""
         return {
             "error": {
                 "message": self.message,

@@ -12,18 +12,26 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from twisted.application.service import Service
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IListeningPort, IReactorTime, IStreamServerEndpoint
-from twisted.logger import ILogObserver, Logger
+from twisted.internet.interfaces import (
+    IListeningPort,
+    IProtocolNegotiationFactory,
+    IReactorTime,
+    IStreamServerEndpoint,
+)
+from twisted.logger import ILogObserver, Logger, globalLogPublisher
 from twisted.protocols.policies import WrappingFactory
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure as TwistedFailure
+from zope.interface import implementer
 
 from claude_proxy import __version__
 from claude_proxy.cli.catalogue import ModelCatalogue
@@ -36,12 +44,31 @@ from claude_proxy.sessions.statelock import StateLock
 from claude_proxy.sessions.store import Store, StoreError
 from claude_proxy.settings import Settings
 from claude_proxy.web.direct import DirectConnection
+from claude_proxy.web.metrics import LagMeter, Metrics
 from claude_proxy.web.site import ProxySite
 
-__all__ = ["ProxyService", "StartError"]
+__all__ = ["ProxyService", "StartError", "is_public"]
 
 _FLUSH = 2.0
 """Seconds that a stopping server gives the connections to take their last bytes."""
+
+_SHORT_KEY = 16
+"""Characters; shorter keys can be guessed, or found from what logs show of them."""
+
+
+@implementer(IProtocolNegotiationFactory)
+class _Connections(WrappingFactory):
+    """
+    All connections.
+
+    Clients that offer protocols over TLS must find one of theirs accepted, or the handshake fails;
+    WrappingFactory by itself accepts none.  The site speaks HTTP/1.1, whatever is installed.
+    """
+
+    protocol = DirectConnection
+
+    def acceptableProtocols(self) -> list[bytes]:
+        return [b"http/1.1"]
 
 
 class StartError(Exception):
@@ -72,6 +99,7 @@ class ProxyService(Service):
         state_lock: StateLock | None,
         run_directory: Path,
         observer: ILogObserver | None,
+        metrics: Metrics,
         demo: bool,
     ) -> None:
         """
@@ -79,12 +107,12 @@ class ProxyService(Service):
         @param state_lock: held since the parts were built; None if there is no usable state.
         @param run_directory: for files of this run; made at the start, removed at the end.
         @param observer: where all log records go; None to leave that to twistd.
+        @param metrics: what counts them.
         """
         self._clock = clock
         self._settings = settings
         self._endpoint = endpoint
-        self._connections = WrappingFactory(site)
-        self._connections.protocol = DirectConnection
+        self._connections = _Connections(site)
         self._executor = executor
         self._book = book
         self._probe = probe
@@ -96,6 +124,8 @@ class ProxyService(Service):
         self._state_lock = state_lock
         self._run_directory = run_directory
         self._observer = observer
+        self._metrics = metrics
+        self._lag_meter = LagMeter(clock, metrics.lagged)
         self._demo = demo
         self._port: IListeningPort | None = None
 
@@ -123,6 +153,7 @@ class ProxyService(Service):
         super().startService()
         shutil.rmtree(self._run_directory, ignore_errors=True)
         self._run_directory.mkdir(mode=0o700)
+        self._measure()
         address: Any = self._port.getHost() if self._port is not None else None
         self._log.info(
             "claude-proxy {version} is listening on {listen}",
@@ -153,13 +184,28 @@ class ProxyService(Service):
                 type="open_server",
                 suggestion=f"sk-{secrets.token_urlsafe(32)}",
             )
-        if self._settings.public_without_keys:
+        short = [key.name for key in self._settings.keys if len(key.secret) < _SHORT_KEY]
+        if short:
+            self._log.warn(
+                "API keys of fewer than {least} characters can be guessed; replace those of "
+                "{tenants}, for example by what `openssl rand -hex 32` prints",
+                type="short_keys",
+                tenants=short,
+                least=_SHORT_KEY,
+            )
+        if not self._settings.keys and is_public(self._port):
             self._log.warn(
                 "without an API key, {listen} may be reached from other machines: "
                 "anyone there can run commands on this one",
                 type="public_without_keys",
                 listen=self._settings.listen,
             )
+
+    def _measure(self) -> None:
+        # Beside the observer that writes, and not behind it: what is not written counts as well.
+        globalLogPublisher.addObserver(self._metrics)
+        self._metrics.watch_connections(lambda: len(self._connections.protocols))
+        self._lag_meter.start()
 
     async def _open_store(self) -> None:
         try:
@@ -251,6 +297,8 @@ class ProxyService(Service):
         if self._state_lock is not None:
             self._state_lock.release()
         self._log.info("stopped", type="server_stopped")
+        self._lag_meter.stop()
+        globalLogPublisher.removeObserver(self._metrics)
         be_patient()
 
     async def _let_connections_go(self) -> None:
@@ -269,6 +317,22 @@ class ProxyService(Service):
     def stopService(self) -> Deferred[None]:
         super().stopService()
         return Deferred.fromCoroutine(self._stop())
+
+
+def is_public(port: IListeningPort | None) -> bool:
+    """
+    Whether other machines may reach what listens there; what is not known to be local counts.
+
+    The address decides, not the description of the endpoint: a socket that was passed by a service
+    manager says nothing of its address in LISTEN.
+    """
+    address: Any = port.getHost() if port is not None else None
+    if isinstance(address, UNIXAddress):
+        return False
+    try:
+        return not ip_address(getattr(address, "host", "")).is_loopback
+    except ValueError:
+        return True
 
 
 async def _maybe(result: Any) -> None:

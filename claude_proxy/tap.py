@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import resource
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -46,8 +49,10 @@ from claude_proxy.settings import (
 )
 from claude_proxy.web.api import JSON_PATHS, PUBLIC_PATHS, Api, ChatRules
 from claude_proxy.web.auth import Authenticator, Origins
+from claude_proxy.web.connections import connections_that_fit
 from claude_proxy.web.health import Check, HealthReport, check_cli, check_mcp, check_workspace
 from claude_proxy.web.logs import make_observer, open_log_file
+from claude_proxy.web.metrics import Metrics, RouteNames
 from claude_proxy.web.site import Gate, ProxySite
 
 __all__ = ["Options", "makeService"]
@@ -59,6 +64,22 @@ _LINE_LIMIT = 64 * 1024 * 1024
 
 _COLLECTED = 10_000
 """So many new objects make the collector look at them; Python itself begins with 700."""
+
+_THREADS = 4
+"""For files and sweeps, which are short; the database has a thread of its own."""
+
+_M_ARENA_MAX = -8
+"""The GNU C library's number for `mallopt` (malloc.h)."""
+
+_NO_SOCKET = (
+    "it needs a domain (INET, INET6 or UNIX) and the index or the name of a socket that a service "
+    "manager passed (LISTEN_FDS, LISTEN_FDNAMES), and no such socket was passed to this process. "
+    "Start the server by its .socket unit, or set HOST and PORT instead."
+)
+"""Twisted's own words for it are "list index out of range"."""
+
+_BACKLOG = 1024
+"""Connections that the system holds until this process gets to them."""
 
 _DEMO_CLI = Path(__file__).parent / "cli" / "demo.py"
 
@@ -115,8 +136,9 @@ def makeService(options: Options) -> IService:
 
     @raise SystemExit: something in the settings is wrong; its text names all of it.
     """
-    from twisted.internet import reactor  # noqa: PLC0415 - the one place that touches it
+    from twisted.internet import reactor as the_reactor  # noqa: PLC0415 - only touched here
 
+    reactor: Any = the_reactor  # it has more than the interface that its module declares
     try:
         flags = {name: options[name] for name in options if name != "demo"}
         settings = load_settings(flags, os.environ, read_dotenv(Path(".env")), Path.cwd())
@@ -130,7 +152,9 @@ def makeService(options: Options) -> IService:
     service = _Builder(reactor, settings, mcp, demo=demo).build(
         endpoint, _observer(settings, options.parent)
     )
+    reactor.suggestThreadPoolSize(_THREADS)
     _spare_the_collector()
+    _spare_memory()
     return service
 
 
@@ -146,11 +170,26 @@ def _spare_the_collector() -> None:
     gc.set_threshold(_COLLECTED)
 
 
+def _spare_memory() -> None:
+    """
+    Have all threads share what the C library keeps of freed memory.
+
+    It would keep some 2 MB for each of them.  Only one of them runs Python at a time, so they
+    hardly ever wait for each other here.
+    """
+    with suppress(AttributeError, OSError):  # other systems have other allocators
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def _endpoint(reactor: Any, listen: str) -> IStreamServerEndpoint:
+    if listen.startswith("tcp:") and ":backlog=" not in listen:
+        # Twisted's own 50 are not enough for a rush: those beyond wait a second at least.
+        listen = f"{listen}:backlog={_BACKLOG}"
     try:
         endpoint: IStreamServerEndpoint = serverFromString(reactor, listen)
-    except (ValueError, IndexError, TypeError, OSError) as error:
-        raise SettingsError([f"LISTEN={listen} is no usable endpoint: {error}"]) from None
+    except Exception as error:  # noqa: BLE001 - every kind of endpoint has errors of its own
+        cause = _NO_SOCKET if listen.startswith("systemd:") else error
+        raise SettingsError([f"LISTEN={listen} is no usable endpoint: {cause}"]) from None
     return endpoint
 
 
@@ -208,6 +247,7 @@ class _Builder:
         )
         executor = self._executor(book, lock, run_directory)
         catalogue = self._catalogue(executor.context, run_directory)
+        metrics = Metrics(RouteNames(Api.app.url_map), executor.context)
         api = Api(
             executor,
             SessionRegister(book, executor),
@@ -221,8 +261,17 @@ class _Builder:
                 aliases=settings.model_aliases,
             ),
             catalogue=catalogue,
+            metrics=metrics,
         )
-        site = ProxySite(api.app.resource(), self._gate(), reactor)
+        connections, overflow = self._connections()
+        site = ProxySite(
+            api.app.resource(),
+            self._gate(),
+            reactor,
+            max_connections=connections,
+            overflow=overflow,
+            max_bodies=settings.max_bodies_bytes,
+        )
         return ProxyService(
             reactor,
             settings,
@@ -239,6 +288,7 @@ class _Builder:
             state_lock=lock,
             run_directory=run_directory,
             observer=observer,
+            metrics=metrics,
             demo=self._demo,
         )
 
@@ -303,6 +353,26 @@ class _Builder:
         )
         context.learn = catalogue.learn  # what each turn's process says of itself anyway
         return catalogue
+
+    def _connections(self) -> tuple[int, int]:
+        """As many as are wanted, if the system lets this process have them; and some more."""
+        settings = self._settings
+        processes = (
+            settings.max_concurrent_turns + settings.live_sessions + settings.spare_processes
+        )
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        fitting, overflow = connections_that_fit(settings.max_connections, processes, descriptors)
+        if fitting < settings.max_connections:
+            _log.warn(
+                "MAX_CONNECTIONS is {wanted}, but with {descriptors} descriptors for everything "
+                "there is room for {connections}. Raise the limit (ulimit -n, or LimitNOFILE of "
+                "systemd), or set less",
+                type="descriptors_scarce",
+                wanted=settings.max_connections,
+                connections=fitting,
+                descriptors=descriptors,
+            )
+        return fitting, overflow
 
     def _gate(self) -> Gate:
         settings = self._settings

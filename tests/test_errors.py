@@ -20,6 +20,8 @@ PROMISED = {
     "session_busy": (409, "invalid_request_error"),
     "request_too_large": (413, "invalid_request_error"),
     "unsupported_media_type": (415, "invalid_request_error"),
+    "malformed_request": (400, "invalid_request_error"),
+    "head_too_large": (431, "invalid_request_error"),
     "request_timeout": (408, "invalid_request_error"),
     "server_busy": (429, "rate_limit_error"),
     "rate_limit_exceeded": (429, "rate_limit_error"),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from claude_proxy.settings import load_settings
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,30 +55,3 @@ def test_the_benchmark_of_many_streams_gets_every_event_in_its_order(streams: in
     assert len(lines) == len(expected), lines
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
-
-
-def test_hundreds_who_connect_at_the_same_moment_are_kept_until_they_are_taken() -> None:
-    # Linux drops what is beyond, and a client notices after a second.
-    listen = load_settings({}, {}, {}, Path("/nowhere")).listen
-    backlog = int(listen.rpartition("backlog=")[2])
-    with socket.create_server(("127.0.0.1", 0), backlog=backlog) as server:
-        address = server.getsockname()
-        clients = []
-        for _ in range(min(500, backlog)):
-            client = socket.create_connection(address, timeout=0.9)
-            clients.append(client)
-        for client in clients:
-            client.close()
-
-
-def test_a_started_server_spares_the_collector_its_own_code(tmp_path: Path) -> None:
-    program = (
-        "import gc, sys\n"
-        "from claude_proxy import tap\n"
-        "options = tap.Options()\n"
-        "options.parseOptions(['--port', '0', '--state-path', sys.argv[1]])\n"
-        "options.parent = None\n"
-        "tap.makeService(options)\n"
-        "print(gc.get_freeze_count() > 50_000, gc.get_threshold()[0])\n"
-    )
-    assert _run("-c", program, str(tmp_path / "state")) == ["True 10000"]

@@ -459,7 +459,11 @@ def test_hostile_bytes_never_reach_a_handler_or_break_the_site(data: bytes) -> N
 
 def test_an_open_server_refuses_foreign_hosts_and_pages() -> None:
     world = World()
-    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+    for headers in (
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
         refused(world.connection.request(headers=headers), Failure.ORIGIN_NOT_ALLOWED)
         world.connection = Connection(world.site)
     assert world.ask(Host="127.0.0.1:3000").status == 200

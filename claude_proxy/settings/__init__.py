@@ -36,13 +36,6 @@ _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 _ENDPOINT = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*:.+")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
-_BACKLOG = 1024
-"""
-Connections that the system keeps until the server takes them.
-
-Those beyond it are dropped, and their clients try again after a second.
-"""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -56,7 +49,6 @@ class Settings:
     @ivar chat_activity: ``reasoning``, ``content`` or ``none``.
     @ivar chat_text_parameters: ``all``, ``safe`` or ``none``.
     @ivar child_environment: what the CLI inherits: nothing of our own settings.
-    @ivar public_without_keys: anybody who reaches this address may use the server; warn.
     """
 
     host: str
@@ -74,6 +66,8 @@ class Settings:
     production: bool
     claude_cli: tuple[str, ...]
     max_body_bytes: int
+    max_bodies_bytes: int
+    max_connections: int
     max_concurrent_turns: int
     queue_length: int
     queue_timeout: float
@@ -90,7 +84,6 @@ class Settings:
     chat_text_parameters: str
     state_path: Path
     child_environment: Mapping[str, str] = field(repr=False, hash=False)
-    public_without_keys: bool
 
 
 def load_settings(
@@ -133,6 +126,8 @@ def load_settings(
         production=reader.choice("NODE_ENV", ("production", "development", "test")) == "production",
         claude_cli=_claude_cli(reader, paths),
         max_body_bytes=reader.number("MAX_BODY_BYTES", 1024, 1024**3),
+        max_bodies_bytes=reader.number("MAX_BODIES_BYTES", 1024, 1024**4),
+        max_connections=reader.number("MAX_CONNECTIONS", 1, 1_000_000),
         max_concurrent_turns=reader.number("MAX_CONCURRENT_TURNS", 1, 10_000),
         queue_length=reader.number("QUEUE_LENGTH", 0, 10_000),
         queue_timeout=reader.seconds("QUEUE_TIMEOUT_MS", 0),
@@ -149,7 +144,6 @@ def load_settings(
         chat_text_parameters=reader.choice("CHAT_TEXT_PARAMETERS", ("all", "safe", "none")),
         state_path=_state_path(reader, paths, environ),
         child_environment=child_environment(environ, dotenv),
-        public_without_keys=not keyed and _is_public(listen),
     )
     if reader.mistakes:
         raise SettingsError(reader.mistakes)
@@ -175,7 +169,7 @@ def _listen(reader: Reader, host: str, port: int) -> str:
     text = reader.text("LISTEN")
     if not text:
         interface = host.replace(":", "\\:")
-        return f"tcp:port={port}:interface={interface}:backlog={_BACKLOG}"
+        return f"tcp:port={port}:interface={interface}"
     if not _ENDPOINT.fullmatch(text):
         reader.refuse(
             "LISTEN",
@@ -183,21 +177,6 @@ def _listen(reader: Reader, host: str, port: int) -> str:
             "unix:/run/proxy.sock",
         )
     return text
-
-
-def _is_public(listen: str) -> bool:
-    """Whether others may reach this endpoint.  What is not known to be local counts as public."""
-    kind, *parts = re.split(r"(?<!\\):", listen)
-    if kind == "unix":
-        return False
-    return not any(_is_loopback(part.removeprefix("interface=")) for part in parts)
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return address == "localhost" or ip_address(address.replace("\\", "")).is_loopback
-    except ValueError:
-        return False
 
 
 def _host_name(text: str) -> str | None:

@@ -12,6 +12,8 @@ import errno
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
+from io import BytesIO
 from tempfile import SpooledTemporaryFile
 from time import monotonic
 from typing import IO, Any, cast
@@ -19,7 +21,7 @@ from urllib.parse import quote, unquote_to_bytes
 from uuid import uuid4
 
 import msgspec
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
@@ -27,25 +29,38 @@ from twisted.web.server import Request, Site
 from claude_proxy import __version__
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.web.auth import Authenticator, Origins, presented_key
+from claude_proxy.web.bodies import SMALL_BODY, Bodies
+from claude_proxy.web.channel import (
+    COME_BACK,
+    IDLE_TIME,
+    LINGER,
+    Newcomer,
+    ProxyChannel,
+    address_of,
+    drop,
+)
+from claude_proxy.web.connections import OVERFLOW, Connections
+from claude_proxy.web.guesses import Guesses
 from claude_proxy.web.logs import mask_key
 
-__all__ = ["Gate", "ProxyRequest", "ProxySite", "prepare_error", "prepare_json"]
+__all__ = [
+    "Gate",
+    "ProxyRequest",
+    "ProxySite",
+    "canonical_path",
+    "prepare_error",
+    "prepare_json",
+]
 
 _log = Logger(namespace="claude_proxy.web")
-
-_LINGER = 2.0
-"""Seconds for which the rest of a refused body is still read and dropped."""
 
 _BODY_TIME = 30.0
 """Seconds that any body may take; each `_BODY_RATE` bytes that have come allow a second more."""
 
 _BODY_RATE = 64 * 1024
 
-_COME_BACK = 5
-"""Seconds after which a client may send again what could not be kept for want of descriptors."""
-
-_IN_MEMORY = 256 * 1024
-"""The part of a body that is kept in memory, in bytes; a longer one goes to a temporary file."""
+_CONNECTIONS = 512
+_BODIES = 256 * 1024 * 1024
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -80,7 +95,7 @@ class Gate:
         @return: the tenant; None for what needs none.
         @raise ProxyError: it may not come in.
         """
-        self.origins.check(head("host"), head("origin"))
+        self.origins.check(head("host"), head("origin"), head("sec-fetch-site"))
         if path in self.public or is_preflight(method, head):
             return None
         return self.authenticator.tenant(presented_key(head("authorization"), head("x-api-key")))
@@ -123,6 +138,7 @@ class ProxyRequest(Request):
     _log = Logger(namespace="claude_proxy.web")
 
     site: ProxySite
+    channel: Any
     tenant: str | None = None
 
     def __init__(self, channel: Any, queued: Any = None) -> None:
@@ -131,7 +147,12 @@ class ProxyRequest(Request):
         self.received = monotonic()
         self._route: str | None = None
         self._refused = False
+        self._complete = False
+        self._held: ProxyError | None = None
+        self._hold_timer: IDelayedCall | None = None
         self._body_size = 0
+        self._bodies: Bodies | None = None
+        self._counted = 0
         self._head_time = 0.0
         self._linger_timer: IDelayedCall | None = None
         self._body_timer: IDelayedCall | None = None
@@ -142,12 +163,15 @@ class ProxyRequest(Request):
         self.uri = self.channel._path  # noqa: SLF001 - as above
         self.clientproto = self.channel._version  # noqa: SLF001 - as above
         self.path = self.uri.partition(b"?")[0]
-        self._route = _route_of(self.path)
-        body = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - Twisted closes it
+        self._route = canonical_path(self.path)
+        body = SpooledTemporaryFile(max_size=SMALL_BODY)  # noqa: SIM115 - Twisted closes it
         self.content = cast(IO[bytes], body)
         self._set_headers()
         self._admit(length or 0)
-        if not self._refused and length != 0:
+        if self._refused:
+            return
+        self.channel.admitted()
+        if length != 0:
             self._head_time = self._site.clock.seconds()
             self._body_timer = self._site.clock.callLater(_BODY_TIME, self._body_is_slow)
 
@@ -156,28 +180,44 @@ class ProxyRequest(Request):
             return
         self._body_size += len(data)
         if self._body_size > self.gate.max_body:
-            self._refuse(self.gate.too_large())
+            self.refuse(self.gate.too_large())
             return
+        self._bodies = self._site.bodies
+        if not self._bodies.grow(self._counted, self._body_size):
+            self.refuse(_too_many_bodies())
+            return
+        if self._body_size > SMALL_BODY:
+            self._counted = self._body_size
         try:
             super().handleContentChunk(data)
         except OSError as error:
-            self._refuse(self._not_kept(error))
+            self.refuse(self._not_kept(error))
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         self._stop_body_timer()
+        self._complete = True
         if self._refused:
             self._stop_lingering()
             return
+        self.channel.complete()
         super().requestReceived(command, path, version)
 
     def connectionLost(self, reason: Any) -> None:
         self._stop_body_timer()
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
-            self._linger_timer = None
+        if self.request_id and not self.finished:
+            # Who was refused has had the whole answer, unless it was held back.
+            self._site.log_end(self, complete=self._refused and self._hold_timer is None)
+        for timer in (self._hold_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
+        self._hold_timer = self._linger_timer = None
         super().connectionLost(reason)
-        if self.content is not None:
-            self.content.close()
+        self._forget_body()
+
+    def finish(self) -> None:
+        # It may have been the last that somebody waits for: what is behind it comes in at once.
+        self._forget_body()
+        super().finish()
 
     def process(self) -> None:
         if is_preflight(self.method.decode("latin-1"), self.head):
@@ -203,8 +243,12 @@ class ProxyRequest(Request):
         return self._site.gate
 
     def body(self) -> bytes:
-        """The whole body."""
-        return b"" if self.content is None else cast(IO[bytes], self.content).read()
+        """The whole body, once: the file that it is in is closed."""
+        if self.content is None:
+            return b""
+        with cast(IO[bytes], self.content) as content:
+            self.content = BytesIO()
+            return content.read()
 
     def head(self, name: str) -> str | None:
         """A request header, decoded without loss; the last one if there are several."""
@@ -236,12 +280,25 @@ class ProxyRequest(Request):
             if self._route is None:
                 raise ProxyError(Failure.NOT_FOUND)  # noqa: TRY301 - refused like the others
             self.gate.check_body(method, path, self.head("content-type"), length)
+            if not self._site.bodies.has_room(length):
+                raise _too_many_bodies()
         except ProxyError as error:
+            wait = self._wait_of(error)
             if error.failure is Failure.INVALID_API_KEY:
-                self._log_attempt(error)
-            self._refuse(error)
+                self._log_attempt(error, wait)
+            if wait > 0:
+                self._hold(error, wait)
+            else:
+                self.refuse(error)
 
-    def _log_attempt(self, error: ProxyError | None) -> None:
+    def _wait_of(self, error: ProxyError) -> float:
+        """The seconds that an error has to wait: only a wrong key may, none is no guess."""
+        key = presented_key(self.head("authorization"), self.head("x-api-key"))
+        if error.failure is not Failure.INVALID_API_KEY or not key:
+            return 0.0
+        return self._site.guesses.note(self._address(), self._site.clock.seconds())
+
+    def _log_attempt(self, error: ProxyError | None, wait: float = 0.0) -> None:
         if not self.gate.authenticator.required or (error is None and self.tenant is None):
             return
         key = presented_key(self.head("authorization"), self.head("x-api-key"))
@@ -254,24 +311,60 @@ class ProxyRequest(Request):
             tenant=self.tenant,
             address=self._address(),
             user_agent=self.head("user-agent"),
+            wait_ms=round(wait * 1000),
             request_id=self.request_id,
         )
 
     def _address(self) -> str:
-        peer = self.getClientAddress()
-        return str(getattr(peer, "host", None) or getattr(peer, "name", None) or "unix")
+        return address_of(self.channel)
 
-    def _refuse(self, error: ProxyError) -> None:
-        """Answer now; then read on for a moment without listening."""
+    def _hold(self, error: ProxyError, wait: float) -> None:
+        """Answer later, and do not read on before."""
         self._refused = True
+        self._held = error
+        self._hold_timer = self._site.clock.callLater(wait, self._held_long_enough)
+        self.channel.pause_reading()
+
+    def _held_long_enough(self) -> None:
+        self._hold_timer = None
+        if self._held is not None:
+            self.channel.resume_reading()
+            self._answer(self._held)
+            if self._complete:
+                self._stop_lingering()
+
+    def hurry(self) -> None:
+        """Give the answer that is held back."""
+        if self._hold_timer is not None:
+            self._hold_timer.cancel()
+            self._held_long_enough()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it has its answer, or will have it, before anybody has seen it."""
+        return self._refused
+
+    def late(self) -> None:
+        """The rest of the body does not come."""
+        self.refuse(ProxyError(Failure.REQUEST_TIMEOUT))
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer now; without effect for a request that is refused already."""
+        if not self._refused:
+            self._refused = True
+            self._answer(error)
+
+    def _answer(self, error: ProxyError) -> None:
+        """Say why it is refused; then read on for a moment without listening."""
         self._stop_body_timer()
+        self._forget_body()
         # With Expect, the client waits for a word before it sends the body: this was the word.
         self.requestHeaders.removeHeader(b"expect")
         self.channel.persistent = False
         self.setHeader(b"Connection", b"close")
         body = prepare_error(self, error)
         self.write(body)
-        self._linger_timer = self._site.clock.callLater(_LINGER, self._lingered)
+        self._linger_timer = self._site.clock.callLater(LINGER, self._lingered)
 
     def _body_is_slow(self) -> None:
         """A body that comes by drops would hold its connection for ever."""
@@ -281,7 +374,7 @@ class ProxyRequest(Request):
         if left > 0:
             self._body_timer = self._site.clock.callLater(left, self._body_is_slow)
         else:
-            self._refuse(ProxyError(Failure.REQUEST_TIMEOUT))
+            self.late()
 
     def _not_kept(self, error: OSError) -> ProxyError:
         """Say why a long body does not fit into its temporary file."""
@@ -297,7 +390,14 @@ class ProxyRequest(Request):
             "The server cannot open another file now, which a body of this size needs. Try again "
             "a little later; its administrator may raise the limit of descriptors."
         )
-        return ProxyError(Failure.SERVER_BUSY, message, retry_after=_COME_BACK)
+        return ProxyError(Failure.SERVER_BUSY, message, retry_after=COME_BACK)
+
+    def _forget_body(self) -> None:
+        if self.content is not None:
+            self.content.close()
+        if self._bodies is not None:
+            self._bodies.release(self._counted)
+        self._counted = 0
 
     def _stop_body_timer(self) -> None:
         if self._body_timer is not None:
@@ -308,7 +408,7 @@ class ProxyRequest(Request):
         self._linger_timer = None
         # Under TLS, data still comes in while a connection is being closed.
         channel: Any = self.channel
-        channel.dataReceived = _drop
+        channel.dataReceived = drop
         self.finish()
 
     def _stop_lingering(self) -> None:
@@ -317,7 +417,7 @@ class ProxyRequest(Request):
             self._lingered()
 
 
-def _route_of(path: bytes) -> str | None:
+def canonical_path(path: bytes) -> str | None:
     """
     The path in the one spelling that counts for gate and router; None if it is no text.
 
@@ -329,13 +429,17 @@ def _route_of(path: bytes) -> str | None:
         return None
 
 
-def _drop(data: bytes) -> None:
-    """What a connection does with data that nobody waits for any more."""
+def _too_many_bodies() -> ProxyError:
+    message = (
+        "The server is busy with other large requests. Try again a little later; its "
+        "administrator may raise MAX_BODIES_BYTES."
+    )
+    return ProxyError(Failure.SERVER_BUSY, message, retry_after=COME_BACK)
 
 
 def prepare_json(request: Request, status: int, body: bytes) -> bytes:
     """Set status and headers for a JSON body; return the body."""
-    request.setResponseCode(status)
+    request.setResponseCode(status, HTTPStatus(status).phrase.encode())
     request.setHeader(b"Server", f"claude-proxy/{__version__}".encode())
     request.setHeader(b"Content-Type", b"application/json")
     request.setHeader(b"Content-Length", str(len(body)).encode())
@@ -386,29 +490,73 @@ class ProxySite(Site):
 
     @ivar gate: read by each request.
     @ivar clock: for the timers of refused requests.
+    @ivar connections: all there are.
+    @ivar bodies: how much of them is held.
+    @ivar guesses: the wrong keys that came in.
     """
 
     _log = Logger(namespace="claude_proxy.web")
 
-    def __init__(self, resource: IResource, gate: Gate, reactor: IReactorTime) -> None:
+    protocol = cast(Any, ProxyChannel)
+
+    def __init__(
+        self,
+        resource: IResource,
+        gate: Gate,
+        reactor: IReactorTime,
+        *,
+        max_connections: int = _CONNECTIONS,
+        overflow: int = OVERFLOW,
+        max_bodies: int = _BODIES,
+    ) -> None:
+        """
+        @param max_connections: how many there may be at once.
+        @param overflow: how many more there may be for a moment, those that are refused included.
+        @param max_bodies: what the bodies of unanswered requests may take together, in bytes; one
+            of the largest may always come in.
+        """
         super().__init__(
             resource,
             requestFactory=ProxyRequest,
+            timeout=IDLE_TIME,
             reactor=reactor,
             parsePOSTFormSubmission=False,
         )
         self.gate = gate
         self.clock = reactor
+        self.connections = Connections(max_connections, overflow)
+        self.bodies = Bodies(max(max_bodies, gate.max_body))
+        self.guesses = Guesses()
         self.displayTracebacks = False
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        if not self.connections.make_room():
+            return Newcomer(self.connections, self.clock.callLater)
+        channel: Any = super().buildProtocol(addr)
+        channel.connections = self.connections
+        return channel
+
+    def acceptableProtocols(self) -> list[bytes]:
+        # HTTP/2, which Twisted offers where it can, has channels of another kind.
+        return [b"http/1.1"]
 
     def log(self, request: Any) -> None:
         """Write one record for an answered request, in place of an access log line."""
+        self.log_end(request, complete=True)
+
+    def log_end(self, request: ProxyRequest, *, complete: bool) -> None:
+        """
+        Write the record for a request that is over.
+
+        @param complete: its client did not leave before the end of the answer.
+        """
         self._log.debug(
             "{method} {path} answered with {status}",
             type="response",
             method=request.method.decode("latin-1"),
             path=request.path.decode("latin-1"),
-            status=request.code,
+            status=request.code if request.startedWriting else None,
+            complete=complete,
             bytes=request.sentLength,
             duration_ms=round((monotonic() - request.received) * 1000, 1),
             request_id=request.request_id,

@@ -700,7 +700,7 @@ async def test_a_body_slower_than_the_limit_is_a_408(
                 client.sendall(b" ")
 
     monkeypatch.setattr(site, "_BODY_TIME", 0.4)
-    monkeypatch.setattr(site, "_LINGER", 0.2)
+    monkeypatch.setattr(site, "LINGER", 0.2)
     async with serving(tmp_path, CLI) as server:
         await until(lambda: server.executor.context.probe._known, "the CLI is known")
         descriptors = count_descriptors(os.getpid())
