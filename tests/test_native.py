@@ -79,6 +79,13 @@ def test_every_field_reaches_the_turn() -> None:
     assert native.decode_request(json.dumps(FIELDS).encode()).stream is False
 
 
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    # JSON has one kind of number, and some clients write all of theirs so.
+    assert turn_of(b'{"prompt":"hi","max-turns":3.0}').max_turns == 3
+    for text in (b"3.5", b"1e300"):
+        assert refusal(b'{"prompt":"hi","max-turns":' + text + b"}").param == "max-turns"
+
+
 def test_a_prompt_is_enough() -> None:
     expected = TurnRequest(content="hi", tenant="alice", request_id="req_1", received=12.5)
     assert turn_of(b'{"prompt":"hi"}') == expected

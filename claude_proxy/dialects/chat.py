@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from claude_proxy.dialects.fields import (
+    ModelName,
     TurnFields,
     check_fields,
     check_fork,
@@ -24,19 +25,33 @@ from claude_proxy.dialects.fields import (
     decode_object,
     overridden,
     refusal,
+    told,
     turn_arguments,
 )
-from claude_proxy.dialects.messages import Conversation, read_messages
+from claude_proxy.dialects.messages import MAX_MESSAGES, Conversation, read_messages
 from claude_proxy.dialects.models import DEFAULT_MODEL
 from claude_proxy.dialects.sampling import check_refused, ignored_fields
 from claude_proxy.dialects.schema import checked_schema
+from claude_proxy.dialects.shapes import (
+    AssistantMessage,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    SystemMessage,
+    TextFormat,
+    ToolMessage,
+    UserMessage,
+    any_of,
+    reference,
+)
 from claude_proxy.sessions.turns import TurnRequest
 
 __all__ = [
     "INHERITED",
     "JSON_SENTENCE",
     "MOST_OUTPUT_TOKENS",
+    "ChatCompletionRequest",
     "ChatRequest",
+    "StreamOptions",
     "decode_request",
     "turn_request",
 ]
@@ -71,26 +86,51 @@ _EFFORTS = {
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
-class _StreamOptions(msgspec.Struct, frozen=True):
+def _says(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
+_Message = any_of(SystemMessage, UserMessage, AssistantMessage, ToolMessage)
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_MESSAGES,
+    "items": _Message.extra_json_schema,
+}
+_Messages = Annotated[Any, told(**_MESSAGES)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """Options of a stream."""
+
     include_usage: bool = False
 
 
-class _Body(msgspec.Struct, frozen=True):
-    """The fields that have an effect; docs/openai.md documents them."""
+class ChatCompletionRequest(msgspec.Struct, frozen=True):
+    """The conversation so far, the new message last, and what is wanted."""
 
-    messages: Any
-    model: str = DEFAULT_MODEL
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    max_completion_tokens: _Tokens | None = None
-    max_tokens: _Tokens | None = None
-    claude: dict[str, Any] | None = None
+    # These are the fields that have an effect.
+    messages: Annotated[_Messages, _says("The last one must be the user's, and have text.")]
+    model: Annotated[ModelName, _says("A name that `/v1/models` knows.")] = DEFAULT_MODEL
+    stream: Annotated[bool, _says("Whether to answer in chunks.")] = False
+    stream_options: Annotated[dict[str, Any], told(**{"$ref": reference(StreamOptions)})] | None = (
+        None
+    )
+    response_format: (
+        Annotated[dict[str, Any], any_of(TextFormat, JsonObjectFormat, JsonSchemaFormat)] | None
+    ) = None
+    reasoning_effort: Annotated[str, told(enum=list(_EFFORTS))] | None = None
+    max_completion_tokens: Annotated[
+        _Tokens | None, _says("Limit of one answer of the model; a turn may have several.")
+    ] = None
+    max_tokens: Annotated[
+        _Tokens | None, _says("The same; `max_completion_tokens` comes before it.")
+    ] = None
+    claude: Annotated[dict[str, Any], told(**{"$ref": reference(TurnFields)})] | None = None
 
     def __repr__(self) -> str:
         # A request is what somebody wrote: it stays out of logs and tracebacks.
-        return "<_Body>"
+        return "<ChatCompletionRequest>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +191,7 @@ def decode_request(
     @raise ProxyError: INVALID_JSON, or INVALID_VALUE with the field at fault.
     """
     fields = decode_object(body)
-    decoded = convert(fields, _Body)
+    decoded = convert(fields, ChatCompletionRequest)
     check_refused(fields)
     check_model("model", decoded.model)
     claude = convert(decoded.claude or {}, TurnFields, prefix="claude.")
@@ -235,13 +275,13 @@ def _effort(name: str | None) -> str | None:
     return None if name is None else _EFFORTS[name]
 
 
-def _token_limit(body: _Body) -> int | None:
+def _token_limit(body: ChatCompletionRequest) -> int | None:
     limit = body.max_completion_tokens or body.max_tokens
     return None if limit is None else min(limit, MOST_OUTPUT_TOKENS)
 
 
 def _includes_usage(options: dict[str, Any] | None) -> bool:
-    return convert(options or {}, _StreamOptions, prefix="stream_options.").include_usage
+    return convert(options or {}, StreamOptions, prefix="stream_options.").include_usage
 
 
 def _form(response_format: dict[str, Any] | None) -> _Form:

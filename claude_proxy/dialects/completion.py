@@ -19,6 +19,16 @@ from claude_proxy.cli.outcomes import Outcome, OutcomeKind
 from claude_proxy.dialects.answer import REASONING, TEXT, AnswerReader, Piece
 from claude_proxy.dialects.barejson import BareJson
 from claude_proxy.dialects.inline import InlineActivity
+from claude_proxy.dialects.shapes import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Choice,
+    ChunkChoice,
+    ClaudeFields,
+    FinishReason,
+    Usage,
+)
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IFramer, IWholeAnswer
 
@@ -40,7 +50,7 @@ _SHOWN = (
 )
 """Parameters that the top of a next message could set, in the order of an older server."""
 
-_FINISH_REASONS = {
+_FINISH_REASONS: Mapping[OutcomeKind, FinishReason] = {
     OutcomeKind.SUCCESS: "stop",
     OutcomeKind.LIMIT: "length",
     OutcomeKind.REFUSAL: "content_filter",
@@ -136,11 +146,11 @@ class _Chat:
                     self._answer.clear()
         return pieces
 
-    def _finish_reason(self, outcome: Outcome) -> str:
+    def _finish_reason(self, outcome: Outcome) -> FinishReason:
         reason = _FINISH_REASONS[outcome.kind]
         return "length" if reason == "stop" and self._reader.cut_short else reason
 
-    def _extras(self, outcome: Outcome, session_id: str | None) -> dict[str, object]:
+    def _extras(self, outcome: Outcome, session_id: str | None) -> ClaudeFields:
         """What OpenAI's shapes have no place for."""
         turns = outcome.totals.get("num_turns")
         return {
@@ -169,9 +179,9 @@ class ChatStream(_Chat):
             return b""
         # From now on the model's name is the same in all chunks.
         self._model = self._reader.model or self._model
-        head = _encode(self._common())
+        head = _encode(self._chunk([]))
         usage = b',"usage":null' if self._include_usage else b""
-        self._before = b"data: " + head[:-1] + b',"choices":[{"index":0,"delta":'
+        self._before = b"data: " + head.removesuffix(b"]}") + b'{"index":0,"delta":'
         self._after = b',"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
         return self._frame(b'{"role":"assistant","content":""}')
 
@@ -188,17 +198,19 @@ class ChatStream(_Chat):
             return b""
         pieces = self._finish(outcome, session_id)
         frames = [self._frames(pieces) if pieces else self.open()]
-        chunk = self._common()
         extras = self._extras(outcome, session_id)
         reason = self._finish_reason(outcome)
-        choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": reason}
-        last: dict[str, Any] = {**chunk, "choices": [choice], "claude": extras}
+        choice: ChunkChoice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": reason}
+        last = self._chunk([choice])
+        last["claude"] = extras
         if self._include_usage:
             last["usage"] = None
         frames.append(_data(last))
         if self._include_usage:
-            usage = _usage(outcome)
-            frames.append(_data({**chunk, "choices": [], "usage": usage, "claude": extras}))
+            told = self._chunk([])
+            told["usage"] = _usage(outcome)
+            told["claude"] = extras
+            frames.append(_data(told))
         frames.append(b"data: [DONE]\n\n")
         return b"".join(frames)
 
@@ -206,13 +218,13 @@ class ChatStream(_Chat):
         self._complete = False
         return _data(error.envelope())
 
-    def _common(self) -> dict[str, Any]:
-        """What all chunks begin with."""
+    def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
         return {
             "id": self._completion_id,
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self._model,
+            "choices": choices,
         }
 
     def _frames(self, pieces: list[Piece]) -> bytes:
@@ -245,7 +257,7 @@ class ChatAnswer(_Chat):
 
     def body(self, outcome: Outcome, session_id: str | None) -> bytes:
         self._take(self._finish(outcome, session_id))
-        message: dict[str, Any] = {
+        message: AnswerMessage = {
             "role": "assistant",
             "content": "".join(self._told[TEXT]),
             "refusal": None,
@@ -253,23 +265,22 @@ class ChatAnswer(_Chat):
         reasoning = "".join(self._told[REASONING])
         if reasoning:
             message["reasoning_content"] = message["reasoning"] = reasoning
-        choice = {
+        choice: Choice = {
             "index": 0,
             "message": message,
             "logprobs": None,
             "finish_reason": self._finish_reason(outcome),
         }
-        return _encode(
-            {
-                "id": self._completion_id,
-                "object": "chat.completion",
-                "created": self._created,
-                "model": self._reader.model or self._model,
-                "choices": [choice],
-                "usage": _usage(outcome),
-                "claude": self._extras(outcome, session_id),
-            }
-        )
+        completion: ChatCompletion = {
+            "id": self._completion_id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._reader.model or self._model,
+            "choices": [choice],
+            "usage": _usage(outcome),
+            "claude": self._extras(outcome, session_id),
+        }
+        return _encode(completion)
 
     def _take(self, pieces: list[Piece]) -> None:
         for kind, text in pieces:
@@ -284,7 +295,7 @@ class ChatAnswer(_Chat):
             raise ProxyError(Failure.UPSTREAM_ERROR, message)
 
 
-def _usage(outcome: Outcome) -> dict[str, Any]:
+def _usage(outcome: Outcome) -> Usage:
     """
     The tokens of the turn; those that came from the provider's cache are part of the prompt.
 

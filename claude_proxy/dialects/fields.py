@@ -14,10 +14,15 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from claude_proxy.cli.versions import PERMISSION_MODES
 from claude_proxy.errors import Failure, ProxyError
+from claude_proxy.sessions.mcp import MAX_TOOL, PREFIX
+from claude_proxy.sessions.workspaces import NAME as WORKSPACE_NAME
 
 __all__ = [
     "EFFORTS",
+    "ModelName",
+    "SessionId",
     "TurnFields",
     "check_fields",
     "check_fork",
@@ -27,20 +32,58 @@ __all__ = [
     "decode_object",
     "overridden",
     "refusal",
+    "spelt",
+    "told",
     "turn_arguments",
 ]
 
 _T = TypeVar("_T", bound=msgspec.Struct)
-_Rule = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
-_Rules = Annotated[tuple[_Rule, ...], msgspec.Meta(max_length=256)]
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 """The efforts that the CLI knows, by its own names."""
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
 _WORD = re.compile(r"[A-Za-z]{1,64}")
+
+
+def told(**keywords: Any) -> msgspec.Meta:
+    """
+    For what is checked by hand, in better words than a type has: the schema tells it all the same.
+
+    @param keywords: of JSON Schema.
+    """
+    return msgspec.Meta(extra_json_schema=keywords)
+
+
+def spelt(pattern: re.Pattern[str], **keywords: Any) -> msgspec.Meta:
+    """The same for a text that a pattern must match as a whole."""
+    return told(pattern=f"^(?:{pattern.pattern})$", **keywords)
+
+
+SessionId = Annotated[str, spelt(_UUID, format="uuid")]
+"""What may be given as the id of a session."""
+
+ModelName = Annotated[str, spelt(_MODEL)]
+"""What may be given as the name of a model."""
+
+_Workspace = Annotated[str, spelt(WORKSPACE_NAME)]
+_PermissionMode = Annotated[str, told(enum=list(PERMISSION_MODES))]
+_Effort = Annotated[str, told(enum=list(EFFORTS))]
+_Turns = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+_Rule = Annotated[str, msgspec.Meta(min_length=1, max_length=1024), spelt(_PLAIN)]
+_Rules = Annotated[tuple[_Rule, ...], msgspec.Meta(max_length=256)]
+_McpTool = Annotated[
+    str,
+    msgspec.Meta(min_length=1, max_length=1024),
+    told(pattern=rf"^{PREFIX}[^\s,()]+$", maxLength=MAX_TOOL),
+]
+_McpTools = Annotated[tuple[_McpTool, ...], msgspec.Meta(max_length=256)]
+
+
+def _says(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
 
 
 class TurnFields(
@@ -50,21 +93,39 @@ class TurnFields(
     forbid_unknown_fields=True,
     rename=lambda n: n.replace("_", "-"),
 ):
-    """How a turn is to be run.  None means not given, which an empty list is not."""
+    """How a turn is to be run.  Null means not given, which an empty list is not."""
 
-    session_id: str | None = None
-    workspace: str | None = None
-    system_prompt: str | None = None
-    dangerously_skip_permissions: bool | None = None
-    allowed_tools: _Rules | None = None
-    disallowed_tools: _Rules | None = None
-    mcp_allowed_tools: _Rules | None = None
-    append_system_prompt: str | None = None
-    model: str | None = None
-    permission_mode: str | None = None
-    effort: str | None = None
-    max_turns: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
-    fork: bool | None = None
+    session_id: Annotated[SessionId | None, _says("The session to continue.")] = None
+    workspace: Annotated[
+        _Workspace | None, _says("The workspace, made on first use; the shared one if left out.")
+    ] = None
+    system_prompt: Annotated[str | None, _says("Replaces the CLI's system prompt.")] = None
+    dangerously_skip_permissions: Annotated[
+        bool | None, _says("Nothing is asked and nothing refused; a server may forbid this.")
+    ] = None
+    allowed_tools: Annotated[
+        _Rules | None, _says("Rules of tools that need no permission, such as `Bash(git *)`.")
+    ] = None
+    disallowed_tools: Annotated[
+        _Rules | None, _says("Rules of tools that the agent does not get.")
+    ] = None
+    mcp_allowed_tools: Annotated[
+        _McpTools | None, _says("Tools of the server's MCP servers, as `mcp__SERVER__TOOL`.")
+    ] = None
+    append_system_prompt: Annotated[
+        str | None, _says("Is added at the end of the system prompt.")
+    ] = None
+    model: Annotated[ModelName | None, _says("A model, by its alias or its full name.")] = None
+    permission_mode: Annotated[
+        _PermissionMode | None, _says("A permission mode of the CLI; old ones know fewer.")
+    ] = None
+    effort: Annotated[_Effort | None, _says("The CLI's effort; old ones have none.")] = None
+    max_turns: Annotated[_Turns | None, _says("How often the agent may go back to the model.")] = (
+        None
+    )
+    fork: Annotated[
+        bool | None, _says("With `session-id`, which it needs: continue in a copy of the session.")
+    ] = None
 
     def __repr__(self) -> str:
         # A request is what somebody wrote: it stays out of logs and tracebacks.
@@ -101,7 +162,7 @@ def convert(fields: Mapping[str, Any], to: type[_T], *, prefix: str = "") -> _T:
     """
     known, optional = _names(to)
     present = {
-        name: value
+        name: _whole(value)
         for name, value in fields.items()
         if name not in optional or (value is not None and value != "")
     }
@@ -109,6 +170,11 @@ def convert(fields: Mapping[str, Any], to: type[_T], *, prefix: str = "") -> _T:
         return msgspec.convert(present, to)
     except msgspec.ValidationError as error:
         raise _invalid(str(error), prefix, [prefix + name for name in known]) from None
+
+
+def _whole(value: object) -> object:
+    """An integer for a number like 3.0, which is one for JSON Schema; no field takes fractions."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @cache  # there are few types, and looking at one takes longer than converting to it
@@ -185,7 +251,7 @@ def check_fork(fields: TurnFields, *, prefix: str = "") -> None:
 
 def _check_rules(param: str, rules: tuple[str, ...]) -> None:
     for position, rule in enumerate(rules):
-        if _CONTROL.search(rule):
+        if not _PLAIN.fullmatch(rule):
             raise refusal(f"{param}[{position}]", "must not contain control characters")
 
 

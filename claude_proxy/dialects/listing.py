@@ -12,14 +12,29 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, TypedDict
 
 import msgspec
 
+from claude_proxy.dialects.fields import spelt, told
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.records import Place, SessionRecord
 
-__all__ = ["PageQuery", "decode_query", "encode_deleted", "encode_page", "encode_session"]
+__all__ = [
+    "BEFORE",
+    "LIMIT",
+    "STATES",
+    "DeletedSession",
+    "InterruptedSession",
+    "PageQuery",
+    "Session",
+    "SessionPage",
+    "decode_query",
+    "encode_deleted",
+    "encode_interrupted",
+    "encode_page",
+    "encode_session",
+]
 
 _DEFAULT_LIMIT = 100
 _MAX_LIMIT = 1000
@@ -32,6 +47,58 @@ _KEPT = (
     "on the server, in the CLI's own configuration directory, under the session's id."
 )
 _NOTHING_KEPT = "The session is forgotten. It had not begun, so there is no transcript of it."
+
+LIMIT = Annotated[int, told(minimum=1, maximum=_MAX_LIMIT, default=_DEFAULT_LIMIT)]
+"""What a client may say of how many sessions it wants."""
+
+BEFORE = Annotated[str, spelt(_PLACE)]
+"""What it may say of where a page is to begin."""
+
+STATES = ("running", "live", "idle")
+"""What a session can be: in a turn, waiting in a process, or neither."""
+
+_Moment = Annotated[str, told(format="date-time")]
+
+
+class Session(TypedDict):
+    """
+    A session; `workspace` is null for the shared one, `cost_usd` of all its turns.
+
+    Its `own_turns` are those that the agent began by itself.
+    """
+
+    id: str
+    workspace: str | None
+    created: _Moment
+    last_used: _Moment
+    state: Annotated[str, told(enum=list(STATES))]
+    turns: int
+    own_turns: int
+    cost_usd: float
+    last_outcome: str | None
+
+
+class SessionPage(TypedDict):
+    """A part of the list, the newest session first; `next` is for the parameter `before`."""
+
+    sessions: list[Session]
+    next: str | None
+
+
+class InterruptedSession(TypedDict):
+    """Whether a turn was running; it has ended."""
+
+    id: str
+    interrupted: bool
+
+
+class DeletedSession(TypedDict):
+    """What has become of a session that is deleted, and of the CLI's transcript of it."""
+
+    id: str
+    deleted: bool
+    transcript_kept: bool
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +155,8 @@ def encode_page(sessions: Iterable[tuple[SessionRecord, str]], end: Place | None
     """
     described = [_described(record, state) for record, state in sessions]
     following = None if end is None else f"{end.created!r}_{end.session_id}"
-    return msgspec.json.encode({"sessions": described, "next": following})
+    page: SessionPage = {"sessions": described, "next": following}
+    return msgspec.json.encode(page)
 
 
 def encode_session(record: SessionRecord, state: str) -> bytes:
@@ -96,18 +164,29 @@ def encode_session(record: SessionRecord, state: str) -> bytes:
     return msgspec.json.encode(_described(record, state))
 
 
+def encode_interrupted(session_id: str, *, interrupted: bool) -> bytes:
+    """
+    What has become of a session's turn.
+
+    @param session_id: the id by which the client asked.
+    @param interrupted: whether there was one.
+    """
+    answer: InterruptedSession = {"id": session_id, "interrupted": interrupted}
+    return msgspec.json.encode(answer)
+
+
 def encode_deleted(record: SessionRecord) -> bytes:
     """What has become of a session that is deleted."""
-    told = {
+    answer: DeletedSession = {
         "id": record.id,
         "deleted": True,
         "transcript_kept": record.begun,
         "message": _KEPT if record.begun else _NOTHING_KEPT,
     }
-    return msgspec.json.encode(told)
+    return msgspec.json.encode(answer)
 
 
-def _described(record: SessionRecord, state: str) -> dict[str, Any]:
+def _described(record: SessionRecord, state: str) -> Session:
     return {
         "id": record.id,
         "workspace": record.workspace,

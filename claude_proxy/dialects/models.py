@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal, TypedDict
 
 import msgspec
 
 from claude_proxy.errors import Failure, ProxyError
 
-__all__ = ["DEFAULT_MODEL", "Aliases", "model_entry", "models_list", "needs_known", "resolve"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Aliases",
+    "Model",
+    "ModelList",
+    "model_entry",
+    "models_list",
+    "needs_known",
+    "resolve",
+]
 
 DEFAULT_MODEL = "claude-code"
 """The name of whatever model the CLI uses by itself."""
@@ -32,6 +42,22 @@ _CLAUDE = re.compile(r"claude-[A-Za-z0-9._:/@\[\]-]{1,249}")
 _SHOWN = 80
 
 _encode = msgspec.json.Encoder().encode
+
+
+class Model(TypedDict):
+    """A model, in OpenAI's shape."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """All models that are named here; every name that begins with `claude-` exists, too."""
+
+    object: Literal["list"]
+    data: list[Model]
 
 
 def needs_known(name: str, aliases: Aliases) -> bool:
@@ -69,7 +95,8 @@ def models_list(aliases: Aliases, known: Sequence[str], created: int) -> bytes:
     @param created: when each of them came to be, in seconds since 1970.
     """
     entries = [_entry(name, created) for name in _names(aliases, known)]
-    return _encode({"object": "list", "data": entries})
+    listed: ModelList = {"object": "list", "data": entries}
+    return _encode(listed)
 
 
 def model_entry(name: str, aliases: Aliases, known: Sequence[str], created: int) -> bytes:
@@ -82,7 +109,7 @@ def model_entry(name: str, aliases: Aliases, known: Sequence[str], created: int)
     return _encode(_entry(name, created))
 
 
-def _entry(name: str, created: int) -> dict[str, str | int]:
+def _entry(name: str, created: int) -> Model:
     return {"id": name, "object": "model", "created": created, "owned_by": _OWNER}
 
 

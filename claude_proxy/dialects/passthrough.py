@@ -7,23 +7,61 @@ They are told as a one-shot run of the CLI would have shown them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import msgspec
 from zope.interface import implementer
 
 from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Outcome, OutcomeKind
-from claude_proxy.errors import Failure, ProxyError
+from claude_proxy.errors import ErrorFields, Failure, ProxyError
 from claude_proxy.interfaces import IFramer, IWholeAnswer
 
-__all__ = ["NativeAnswer", "NativeStream"]
+__all__ = ["NativeAnswer", "NativeEvent", "NativeFailure", "NativeResult", "NativeStream"]
 
 _SIGN_OF_LIFE = b":\n"
 """A comment.  No blank line follows it: some clients take one for the end of an event."""
 
 _TIMEOUTS = (Failure.TURN_TIMEOUT, Failure.INACTIVITY_TIMEOUT)
 _ANSWERED = (OutcomeKind.SUCCESS, OutcomeKind.LIMIT, OutcomeKind.REFUSAL)
+
+
+class NativeEvent(TypedDict):
+    """
+    An event of the CLI, byte for byte: `system`, `assistant`, `user`, `stream_event`, `result`.
+
+    Other types may come with other versions.  The last event has the type `result`.
+    """
+
+    type: str
+    subtype: NotRequired[str]
+    session_id: NotRequired[str | None]
+
+
+class NativeResult(TypedDict):
+    """The CLI's own word on how a turn ended; further fields differ from version to version."""
+
+    type: Literal["result"]
+    subtype: str
+    is_error: bool
+    result: NotRequired[str]
+    session_id: NotRequired[str]
+    num_turns: NotRequired[int]
+    duration_ms: NotRequired[float]
+    total_cost_usd: NotRequired[float]
+    usage: NotRequired[dict[str, Any]]
+    permission_denials: NotRequired[list[Any]]
+
+
+class NativeFailure(TypedDict):
+    """The last event of a stream that the server had to end; it alone has an `error`."""
+
+    type: Literal["result"]
+    subtype: Literal["timeout", "error"]
+    is_error: bool
+    result: str
+    error: ErrorFields
+    session_id: str | None
 
 
 @implementer(IFramer)
@@ -74,7 +112,7 @@ class NativeStream:
         return b"" if outcome.error is None else self.failure(outcome.error, session_id)
 
     def failure(self, error: ProxyError, session_id: str | None) -> bytes:
-        event: dict[str, Any] = {
+        event: NativeFailure = {
             "type": "result",
             "subtype": "timeout" if error.failure in _TIMEOUTS else "error",
             "is_error": True,

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 from claude_proxy.dialects.fields import refusal
 
-__all__ = ["IGNORED_FIELDS", "REFUSED_FIELDS", "USED_FIELDS", "check_refused", "ignored_fields"]
+__all__ = [
+    "IGNORED_FIELDS",
+    "REFUSED_FIELDS",
+    "TAKEN_VALUES",
+    "USED_FIELDS",
+    "check_refused",
+    "ignored_fields",
+]
 
 USED_FIELDS = (
     "claude",
@@ -62,11 +69,13 @@ class _Rule(NamedTuple):
     @ivar accepts: whether a value that is given changes nothing.
     @ivar what: what is said to be refused, in a table.
     @ivar sentence: what the client is told of its field.
+    @ivar schema: what is accepted, as a JSON Schema.
     """
 
     accepts: Callable[[Any], bool]
     what: str
     sentence: str
+    schema: Mapping[str, Any]
 
 
 _CLIENT_TOOLS = (
@@ -87,42 +96,74 @@ def _is_free_choice(value: object) -> bool:
     return value in ("auto", "none")
 
 
+_FREE_CHOICE: Mapping[str, Any] = {
+    "anyOf": [
+        {"type": "string", "enum": ["auto", "none"]},
+        {
+            "type": "object",
+            "required": ["type", "allowed_tools"],
+            "properties": {
+                "type": {"type": "string", "const": "allowed_tools"},
+                "allowed_tools": {
+                    "type": "object",
+                    "required": ["mode"],
+                    "properties": {"mode": {"type": "string", "const": "auto"}},
+                },
+            },
+        },
+    ]
+}
+
 _RULES: Mapping[str, _Rule] = {
     "n": _Rule(
         lambda value: _is_number(value, 1, least=1),
         "more than 1",
         "must be 1: the agent gives one answer; send the request several times for several",
+        {"type": "integer", "const": 1},
     ),
     "logprobs": _Rule(
         lambda value: value is False,
         "`true`",
         "must be false: the CLI gives no log probabilities",
+        {"type": "boolean", "const": False},
     ),
     "top_logprobs": _Rule(
         lambda value: _is_number(value, 0),
         "more than 0",
         "must be 0: the CLI gives no log probabilities",
+        {"type": "integer", "const": 0},
     ),
     "modalities": _Rule(
         lambda value: isinstance(value, list) and all(item == "text" for item in value),
         'anything but `["text"]`',
         'must be ["text"]: the agent answers in text only',
+        {"type": "array", "items": {"type": "string", "const": "text"}},
     ),
     "audio": _Rule(
-        lambda _value: False, "any", "cannot be had: the agent answers in text only; leave it out"
+        lambda _value: False,
+        "any",
+        "cannot be had: the agent answers in text only; leave it out",
+        {"type": "null"},
     ),
     "tool_choice": _Rule(
         _is_free_choice,
         "`required`, or the name of a tool",
         f"cannot be followed: {_CLIENT_TOOLS}",
+        _FREE_CHOICE,
     ),
     "function_call": _Rule(
-        _is_free_choice, "the name of a function", f"cannot be followed: {_CLIENT_TOOLS}"
+        _is_free_choice,
+        "the name of a function",
+        f"cannot be followed: {_CLIENT_TOOLS}",
+        _FREE_CHOICE,
     ),
 }
 
 REFUSED_FIELDS: Mapping[str, str] = {name: rule.what for name, rule in _RULES.items()}
 """What is refused, and for which values."""
+
+TAKEN_VALUES: Mapping[str, Mapping[str, Any]] = {name: rule.schema for name, rule in _RULES.items()}
+"""The values that are not refused, as JSON Schemas; null is not, either."""
 
 _MAX_SHOWN = 50
 _MAX_NAME = 64

@@ -19,12 +19,24 @@ import msgspec
 
 from claude_proxy.errors import Failure, ProxyError
 
-__all__ = ["McpConfig", "McpConfigError", "McpServers", "load_mcp_config", "parse_mcp_config"]
+__all__ = [
+    "MAX_TOOL",
+    "PREFIX",
+    "McpConfig",
+    "McpConfigError",
+    "McpServers",
+    "load_mcp_config",
+    "parse_mcp_config",
+]
+
+MAX_TOOL = 256
+"""Characters that the name of a tool may have."""
+
+PREFIX = "mcp__"
+"""What it begins with."""
 
 _MAX_FILE = 1024 * 1024
-_MAX_TOOL = 256
 _SHOWN = 60
-_PREFIX = "mcp__"
 
 _SERVER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PLAIN_STEP = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -93,8 +105,8 @@ class McpConfig:
         return details
 
     def _owner(self, tool: str) -> str:
-        if len(tool) > _MAX_TOOL:
-            raise _refusal(f"A tool name is longer than {_MAX_TOOL} characters.")
+        if len(tool) > MAX_TOOL:
+            raise _refusal(f"A tool name is longer than {MAX_TOOL} characters.")
         # These would end one rule and begin another on their way through the CLI.
         if any(not c.isprintable() or c.isspace() or c in ",()" for c in tool):
             raise _refusal(
@@ -106,11 +118,11 @@ class McpConfig:
                 f"MCP tools are not available: MCP is off, because the server has no configuration "
                 f"file at {self.path}."
             )
-        if not tool.startswith(_PREFIX):
+        if not tool.startswith(PREFIX):
             raise _refusal(
                 f"{_shown(tool)} is no MCP tool. Name tools as mcp__SERVER__TOOL. {self._offer()}"
             )
-        wanted = tool.removeprefix(_PREFIX)
+        wanted = tool.removeprefix(PREFIX)
         # A server may have "__" in its name: the longest name that fits is meant.
         for name in sorted(self.names, key=len, reverse=True):
             if wanted == name or (wanted.startswith(f"{name}__") and wanted != f"{name}__"):

@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 from claude_proxy.errors import Failure, ProxyError
 
-__all__ = ["Probe", "Workspaces", "check_name"]
+__all__ = ["NAME", "Probe", "Workspaces", "check_name"]
 
 _SHARED = "shared_workspace"
 _NAMED = "workspace"
 _SHOWN = 80
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+"""What a workspace may be called."""
 
 _IN_THE_WAY = (
     "something that is not a directory is in the way",
@@ -72,7 +73,7 @@ def check_name(name: str) -> None:
     @raise ProxyError: INVALID_VALUE unless it is 1 to 64 of letters, digits, `.`, `_`, `-` and
         does not start with a dot.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         shown = repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "...")
         raise ProxyError(
             Failure.INVALID_VALUE,

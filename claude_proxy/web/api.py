@@ -27,7 +27,9 @@ from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.executor import Executor
 from claude_proxy.sessions.register import SessionRegister
 from claude_proxy.sessions.turns import TurnRequest
+from claude_proxy.web import openapi
 from claude_proxy.web.health import HealthReport
+from claude_proxy.web.metrics import CONTENT_TYPE, Metrics
 from claude_proxy.web.site import (
     ProxyRequest,
     prepare_error,
@@ -85,6 +87,7 @@ class Api:
         in_thread: Callable[..., Awaitable[Any]],
         chat_rules: ChatRules,
         catalogue: ModelCatalogue,
+        metrics: Metrics,
     ) -> None:
         """
         @param register: the sessions, for those who ask for them by name.
@@ -100,12 +103,24 @@ class Api:
         self._in_thread = in_thread
         self._chat_rules = chat_rules
         self._catalogue = catalogue
+        self._metrics = metrics
         self._started = int(time.time())
 
     @app.route("/health", methods=["GET"])
     async def health(self, request: ProxyRequest) -> bytes:
-        status, report = await self._health.make()
+        status, report = await self._health.make(request.request_id)
         return prepare_json(request, status, msgspec.json.encode(report))
+
+    @app.route("/metrics", methods=["GET"])
+    def metrics(self, request: ProxyRequest) -> bytes:
+        body = prepare_json(request, 200, self._metrics.render())
+        request.setHeader(b"Content-Type", CONTENT_TYPE)
+        return body
+
+    @app.route("/openapi.json", methods=["GET"])
+    def openapi_document(self, request: ProxyRequest) -> bytes:
+        keys = request.gate.authenticator.required
+        return prepare_json(request, 200, openapi.encoded(keys=keys))
 
     @app.route("/api/claude", methods=["POST"])
     async def claude(self, request: ProxyRequest) -> None:
@@ -248,7 +263,7 @@ class Api:
     @app.route("/api/sessions/<name>/interrupt", methods=["POST"])
     async def interrupt_session(self, request: ProxyRequest, name: str) -> bytes:
         interrupted = await self._register.interrupt(request.tenant or "", name, request.request_id)
-        body = msgspec.json.encode({"id": name, "interrupted": interrupted})
+        body = listing.encode_interrupted(name, interrupted=interrupted)
         return _of_session(request, name, body)
 
     @app.route("/api/sessions/<name>", methods=["DELETE"])
@@ -274,7 +289,8 @@ class Api:
         message = (
             "There is nothing at this path. This server has POST /v1/chat/completions, "
             "GET /v1/models, GET /v1/models/ID, POST /api/claude, GET /api/sessions, GET and "
-            "DELETE /api/sessions/ID, POST /api/sessions/ID/interrupt and GET /health."
+            "DELETE /api/sessions/ID, POST /api/sessions/ID/interrupt, GET /metrics, "
+            "GET /openapi.json and GET /health."
         )
         return prepare_error(request, ProxyError(Failure.NOT_FOUND, message))
 

@@ -10,17 +10,27 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from claude_proxy import __version__
 from claude_proxy.cli.probe import VersionReport
+from claude_proxy.dialects.fields import told
 from claude_proxy.sessions.mcp import McpConfig
 from claude_proxy.sessions.workspaces import Probe
 
-__all__ = ["Check", "HealthReport", "Level", "check_cli", "check_mcp", "check_workspace"]
+__all__ = [
+    "Check",
+    "CheckedPart",
+    "Health",
+    "HealthReport",
+    "Level",
+    "check_cli",
+    "check_mcp",
+    "check_workspace",
+]
 
 
 class Level(IntEnum):
@@ -29,6 +39,29 @@ class Level(IntEnum):
     healthy = 0
     degraded = 1
     unhealthy = 2
+
+
+_Status = Annotated[str, told(enum=[level.name for level in Level])]
+_Moment = Annotated[str, told(format="date-time")]
+
+
+class CheckedPart(TypedDict):
+    """How well one part of the server is."""
+
+    status: _Status
+    message: str
+    details: dict[str, Any]
+    timestamp: _Moment
+
+
+class Health(TypedDict):
+    """How well the server is: as well as its worst part; `uptime` is in seconds."""
+
+    status: _Status
+    timestamp: _Moment
+    uptime: float
+    version: str
+    checks: dict[str, CheckedPart]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +127,19 @@ class HealthReport:
         self._uptime = uptime
         self._now = now
 
-    async def make(self) -> tuple[int, dict[str, Any]]:
-        """The HTTP status and the body."""
-        results = {name: await self._run(name, check) for name, check in self._checks.items()}
+    async def make(self, request_id: str | None = None) -> tuple[int, Health]:
+        """
+        The HTTP status and the body.
+
+        @param request_id: names the request in the log.
+        """
+        results = {
+            name: await self._run(name, check, request_id) for name, check in self._checks.items()
+        }
         worst = max((result.level for result in results.values()), default=Level.healthy)
         broken = any(result.broken for result in results.values())
         status = 500 if broken else 503 if worst is Level.unhealthy else 200
-        body = {
+        body: Health = {
             "status": worst.name,
             "timestamp": _timestamp(self._now()),
             "uptime": round(self._uptime(), 3),
@@ -121,16 +160,24 @@ class HealthReport:
             type="health",
             status=worst.name,
             checks={name: result.level.name for name, result in results.items()},
+            request_id=request_id,
         )
         return status, body
 
-    async def _run(self, name: str, check: Callable[[], Awaitable[Check]]) -> Check:
+    async def _run(
+        self, name: str, check: Callable[[], Awaitable[Check]], request_id: str | None
+    ) -> Check:
         try:
             return await check()
         except CancelledError:
             raise  # nobody waits for the report any more
         except Exception:  # noqa: BLE001 - a report is made whatever happens
-            self._log.failure("the health check {name} is broken", type="health_broken", name=name)
+            self._log.failure(
+                "the health check {name} is broken",
+                type="health_broken",
+                name=name,
+                request_id=request_id,
+            )
             message = "The check itself failed; the server's log says more"
             return Check(Level.unhealthy, message, broken=True)
 

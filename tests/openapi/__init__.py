@@ -1,0 +1,1 @@
+"""The description of the interface, and the running server held against it."""
