@@ -47,7 +47,7 @@ def live_process(child: Path, running: Server, folder: str, count: int) -> Pairs
                 lambda: by_hand.ask("x", SAID),
             )
     starts = running.records("turn_start")
-    if [start["live"] for start in starts[-count - 1 :]] != [False, *[True] * count]:
+    if [start["process"] == "live" for start in starts[-count - 1 :]] != [False, *[True] * count]:
         raise SystemExit("A turn did not run in the process of the one before.")
     return pairs
 

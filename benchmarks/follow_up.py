@@ -39,7 +39,7 @@ def measure(cli: RealCli, running: Server, pairs: Pairs, count: int) -> None:
                 partial(by_hand.ask, prompt, answer),
             )
     starts = running.records("turn_start")
-    if [start["live"] for start in starts[-count - 1 :]] != [False, *[True] * count]:
+    if [start["process"] == "live" for start in starts[-count - 1 :]] != [False, *[True] * count]:
         raise SystemExit("A turn did not run in the process of the one before.")
 
 

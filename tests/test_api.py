@@ -27,6 +27,7 @@ from claude_proxy.settings import ApiKey
 from claude_proxy.web.api import HEAD_PATIENCE, JSON_PATHS, PUBLIC_PATHS, Api, ChatRules
 from claude_proxy.web.auth import Authenticator, Origins
 from claude_proxy.web.health import Check, HealthReport, Level
+from tests.scrape import make_metrics
 from tests.support import Answer, Connection, FakeControl, inline_store, open_site
 
 KEY = "sk-alice-0123456789"
@@ -105,6 +106,7 @@ class World:
 
         health = HealthReport({"claudeCli": check}, uptime=lambda: 1.5)
         self.catalogue = Catalogue()
+        self.metrics = make_metrics()
         self.jobs: list[Callable[[], Any]] = []
         standard = ChatRules(text_parameters="all", activity="reasoning", aliases=ALIASES)
         api = Api(
@@ -116,6 +118,7 @@ class World:
             in_thread=self._in_thread,
             chat_rules=replace(standard, **rules),
             catalogue=cast(ModelCatalogue, self.catalogue),
+            metrics=self.metrics,
         )
         self.site = open_site(
             api.app.resource(),

@@ -17,6 +17,7 @@ from claude_proxy.settings import ApiKey
 from claude_proxy.web.api import JSON_PATHS, PUBLIC_PATHS, Api, ChatRules
 from claude_proxy.web.auth import Authenticator, Origins
 from claude_proxy.web.health import HealthReport
+from claude_proxy.web.metrics import Metrics
 from tests.support import Answer, Connection, FakeControl, inline_store, open_site, result_of
 
 KEYS = {"alice": "sk-alice-0123456789", "bob": "sk-bob-0123456789"}
@@ -43,6 +44,7 @@ class World:
             in_thread=cast(Any, None),
             chat_rules=ChatRules(text_parameters="all", activity="reasoning", aliases=()),
             catalogue=cast(ModelCatalogue, None),
+            metrics=cast(Metrics, None),
         )
         self.site = open_site(
             api.app.resource(),

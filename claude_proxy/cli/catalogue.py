@@ -61,6 +61,7 @@ class _Question:
             kill_timeout=kill_timeout,
             line_limit=_LINE_LIMIT,
             log_context={},
+            purpose="models",
         )
         self._clock = clock
         self._timer: IDelayedCall | None = None

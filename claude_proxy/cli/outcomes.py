@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from claude_proxy.cli.events import Event
 from claude_proxy.errors import Failure, ProxyError
@@ -45,6 +45,19 @@ class Ending:
     stderr: str = ""
     fault: str | None = None
     lost: bool = False
+
+    KINDS: ClassVar = ("success", "failure", "signal", "fault", "lost")
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`: exit code 0, another one, a signal, bad output, or no end in time."""
+        if self.fault is not None:
+            return "fault"
+        if self.lost:
+            return "lost"
+        if self.signal is not None:
+            return "signal"
+        return "success" if self.exit_code == 0 else "failure"
 
     def describe(self) -> str:
         """Say in a few words how it ended."""

@@ -51,6 +51,7 @@ class AgentProcess(ProcessProtocol):
     The protocol of one CLI process.
 
     @ivar pid: the process's id, also the id of its process group; None before the start.
+    @ivar purpose: what it was started for.
     """
 
     _log = Logger(namespace="claude_proxy.cli")
@@ -64,6 +65,7 @@ class AgentProcess(ProcessProtocol):
         kill_timeout: float,
         line_limit: int,
         log_context: dict[str, object],
+        purpose: str = "turn",
         heard: Callable[[], None] = lambda: None,
     ) -> None:
         """
@@ -71,9 +73,11 @@ class AgentProcess(ProcessProtocol):
         @param kill_timeout: seconds between TERM and KILL.
         @param line_limit: longest line accepted from it, in bytes.
         @param log_context: fields for every log record about it.
+        @param purpose: what it is started for: a turn, to be a spare, or to name the models.
         @param heard: called once, when it says its first word or exits.
         """
         self.pid: int | None = None
+        self.purpose = purpose
         self._clock = clock
         self._listener = listener
         self.has_control = has_control
@@ -165,6 +169,13 @@ class AgentProcess(ProcessProtocol):
     def connectionMade(self) -> None:
         assert self.transport is not None  # noqa: S101 - Twisted sets it before this call
         self.pid = self.transport.pid
+        self._log.debug(
+            "agent process {pid} started",
+            type="process_start",
+            purpose=self.purpose,
+            pid=self.pid,
+            **self.log_context,
+        )
 
     def outReceived(self, data: bytes) -> None:
         self._last_output = self._clock.seconds()
@@ -359,6 +370,7 @@ class AgentProcess(ProcessProtocol):
             type="process_exit",
             pid=self.pid,
             ending=ending.describe(),
+            kind=ending.kind,
             **self.log_context,
         )
         self._listener.agent_ended(ending)

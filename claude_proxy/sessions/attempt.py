@@ -51,6 +51,7 @@ class Attempt:
     @ivar session_id: of the session, as the client knows it, as far as it is known.
     @ivar kept: the id under which the session is kept, once the CLI has taken the message.
     @ivar lease_key: the name under which it is leased.
+    @ivar process_kind: ``live``, ``spare`` or ``new``: what it runs on, once it runs.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Attempt:
         self.session_id = plan.session_id
         self.kept: str | None = None
         self.lease_key = plan.lease_key
+        self.process_kind: str | None = None
         self._context = context
         self._request = request
         self._observer = observer
@@ -377,11 +379,13 @@ class Attempt:
             agent.process.finish()
 
     def _log_start(self, agent: Agent) -> None:
+        is_spare = agent.process.purpose == "spare"
+        self.process_kind = "live" if agent.turns else "spare" if is_spare else "new"
         self._log.info(
             "turn started in agent process {pid}",
             type="turn_start",
             pid=agent.process.pid,
-            live=agent.turns > 0,
+            process=self.process_kind,
             request_id=self._request.request_id,
             session_id=self.session_id,
             tenant=self._request.tenant,

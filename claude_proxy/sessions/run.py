@@ -87,6 +87,12 @@ class Run:
         """
         if self._attempt is None or not self._attempt.interrupt():
             return succeed(False)
+        self._log.info(
+            "the turn is interrupted on request",
+            type="turn_interrupted",
+            request_id=self._request.request_id,
+            session_id=self.session_id,
+        )
         over: Deferred[bool] = Deferred()
         branch(self._work).addCallback(lambda _: over.callback(True))
         return over
@@ -162,10 +168,11 @@ class Run:
         leases: list[Lease] = []
         slot: Slot | None = None
         try:
-            leases.append(await self._wait(partial(around.leases.acquire, plan.lease_key)))
+            acquire = around.leases.acquire
+            leases.append(await self._wait("session", partial(acquire, plan.lease_key)))
             if plan.source_key is not None:
-                leases.append(await self._wait(partial(around.leases.acquire, plan.source_key)))
-            slot = await self._wait(around.capacity.acquire)
+                leases.append(await self._wait("session", partial(acquire, plan.source_key)))
+            slot = await self._wait("slot", around.capacity.acquire)
             if any(taken.waited for taken in leases):
                 # What was read before may be old: the session has moved on meanwhile.
                 if not await around.book.holds(request):
@@ -198,14 +205,26 @@ class Run:
             await attempt.forget_transcript()
         return not is_lost
 
-    async def _wait(self, acquire: Callable[[float], Deferred[_T]]) -> _T:
+    async def _wait(self, line: str, acquire: Callable[[float], Deferred[_T]]) -> _T:
         """Wait in a line; all that a request waits counts together."""
         clock = self._context.clock
         since = clock.seconds()
+        got = acquire(self._patience)
+        has_to_wait = not got.called
         try:
-            return await acquire(self._patience)
+            return await got
         finally:
-            self._patience -= clock.seconds() - since
+            waited = clock.seconds() - since
+            self._patience -= waited
+            if has_to_wait:
+                self._log.info(
+                    "the turn waited {waited_ms} ms for its {line}",
+                    type="queue_left",
+                    line=line,
+                    waited_ms=_milliseconds(waited),
+                    request_id=self._request.request_id,
+                    session_id=self.session_id,
+                )
 
     async def _resolve_again(self, plan: Plan, can: Capabilities) -> Plan:
         fresh = await self._context.book.resolve(self._request, can)
@@ -252,6 +271,7 @@ class Run:
             "turn ended: {outcome}",
             type="turn_end",
             outcome=outcome.code,
+            process=None if self._attempt is None else self._attempt.process_kind,
             request_id=self._request.request_id,
             session_id=outcome.session_id or self.session_id,
             tenant=self._request.tenant,

@@ -28,7 +28,7 @@ def start_of(server: Server, answer: Answer) -> dict[str, Any]:
 
 
 def is_live(server: Server, answer: Answer) -> bool:
-    return bool(start_of(server, answer)["live"])
+    return bool(start_of(server, answer)["process"] == "live")
 
 
 def session_of(server: Server, session: str) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_a_conversation_of_an_openai_client_is_live_too(new_server: Server) -> N
         new_server.daemon.records("turn_start", request_id=answer.headers["x-request-id"])[0]
         for answer in answers
     ]
-    assert [start["live"] for start in starts] == [False, True, True]
+    assert [start["process"] == "live" for start in starts] == [False, True, True]
     assert len({answer.headers["x-claude-session-id"] for answer in answers}) == 1
 
 

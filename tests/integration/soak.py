@@ -272,9 +272,11 @@ class Soak:
         return {
             "turns": len(turns),
             "sessions": len(self._sessions()),
-            "turns in a process that had others": sum(record["live"] for record in starts),
+            "turns in a process that had others": sum(
+                record["process"] == "live" for record in starts
+            ),
             "turns in a process started ahead": sum(
-                not record["live"] and record["pid"] in spares for record in starts
+                record["process"] != "live" and record["pid"] in spares for record in starts
             ),
             "turns that were begun again": sum(number > 1 for number in tries.values()),
             "processes that gave way": dropped["others were used more recently"],
