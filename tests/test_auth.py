@@ -191,6 +191,20 @@ def test_an_open_server_does_not_answer_other_pages(origin: str) -> None:
     assert "CORS_ORIGINS" in caught.value.message
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "Cross-Site "])
+def test_an_open_server_does_not_answer_what_other_pages_load(site: str) -> None:
+    with pytest.raises(ProxyError) as caught:
+        OPEN.check("localhost:3000", None, site)
+    assert caught.value.failure is Failure.ORIGIN_NOT_ALLOWED
+    OPEN.check("localhost:3000", "https://app.example", site)
+    KEYED.check("localhost:3000", None, site)
+
+
+@pytest.mark.parametrize("site", [None, "", "none", "same-origin", "unheard-of"])
+def test_an_open_server_answers_what_no_other_page_has_asked_for(site: str | None) -> None:
+    OPEN.check("localhost:3000", None, site)
+
+
 @pytest.mark.parametrize("host", [None, *LOCAL_HOSTS, *FOREIGN_HOSTS])
 @pytest.mark.parametrize("origin", [None, "https://app.example", "https://evil.example"])
 def test_a_server_with_keys_refuses_neither(host: str | None, origin: str | None) -> None:

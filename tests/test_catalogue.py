@@ -29,6 +29,10 @@ MODELS = [
     {"value": "haiku"},
 ]
 NAMES = ("opus[1m]", "sonnet", "haiku")
+DISTRUST = [
+    '--settings={"disableAllHooks":true,"env":{"CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD":"1"}}',
+    "--setting-sources=user",
+]
 
 
 class Probe:
@@ -127,7 +131,8 @@ def test_the_process_that_is_asked_has_no_session_and_no_message(
         "--include-partial-messages",
         "--replay-user-messages",
         "--strict-mcp-config",
-        '--settings={"disableAllHooks":true}',
+        *DISTRUST,
+        f"--add-dir={tmp_path}",
     ]
     assert child.environment == {
         "PATH": "/bin",

@@ -40,7 +40,14 @@ NEW = capabilities_of("2.1.197")
 CLI = ("/opt/claude", "--first")
 NO_HOOKS = '--settings={"disableAllHooks":true}'
 USUAL = ["-p", "--verbose", "--input-format=stream-json", "--output-format=stream-json"]
-CAPABLE = ["--include-partial-messages", "--replay-user-messages", "--strict-mcp-config", NO_HOOKS]
+SWITCHES = ["--include-partial-messages", "--replay-user-messages", "--strict-mcp-config"]
+CAPABLE = [*SWITCHES, NO_HOOKS]
+DISTRUST = [
+    '--settings={"disableAllHooks":true,"env":{"CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD":"1"}}',
+    "--setting-sources=user",
+    "--add-dir=/srv/space",
+]
+NEWEST = [*SWITCHES, *DISTRUST]
 
 KEY = LaunchKey("/srv/space")
 PLAIN = TurnSettings()
@@ -106,18 +113,18 @@ def argv(
             SessionStart(StartKind.FORK, None, "src"),
             [*CAPABLE, "--resume=src", "--fork-session"],
         ),
-        (NEW, SessionStart(StartKind.NEW, "n"), [*CAPABLE, "--session-id=n"]),
-        (NEW, SessionStart(StartKind.NEW, None), CAPABLE),
-        (NEW, SessionStart(StartKind.RESUME, "r"), [*CAPABLE, "--resume=r"]),
+        (NEW, SessionStart(StartKind.NEW, "n"), [*NEWEST, "--session-id=n"]),
+        (NEW, SessionStart(StartKind.NEW, None), NEWEST),
+        (NEW, SessionStart(StartKind.RESUME, "r"), [*NEWEST, "--resume=r"]),
         (
             NEW,
             SessionStart(StartKind.FORK, "n", "src"),
-            [*CAPABLE, "--resume=src", "--fork-session", "--session-id=n"],
+            [*NEWEST, "--resume=src", "--fork-session", "--session-id=n"],
         ),
         (
             NEW,
             SessionStart(StartKind.FORK, None, "src"),
-            [*CAPABLE, "--resume=src", "--fork-session"],
+            [*NEWEST, "--resume=src", "--fork-session"],
         ),
     ],
 )
@@ -147,7 +154,7 @@ PROMPTS = ["--system-prompt=Be brief.", "--append-system-prompt=And kind."]
     [
         (OLD, [*ALL_BUT_PROMPTS, *PROMPTS]),
         (MIDDLE, [*CAPABLE, "--session-id=new-id", *ALL_BUT_PROMPTS, *PROMPTS]),
-        (NEW, [*CAPABLE, "--session-id=new-id", *ALL_BUT_PROMPTS]),
+        (NEW, [*NEWEST, "--session-id=new-id", *ALL_BUT_PROMPTS]),
     ],
 )
 def test_everything_that_can_be_asked_is_in_the_arguments(
@@ -157,21 +164,15 @@ def test_everything_that_can_be_asked_is_in_the_arguments(
 
 
 @pytest.mark.parametrize(
-    ("can", "hooks", "off"),
-    [
-        (OLD, False, False),
-        (OLD, True, False),
-        (MIDDLE, False, True),
-        (MIDDLE, True, False),
-        (NEW, False, True),
-        (NEW, True, False),
-    ],
+    ("can", "options"), [(OLD, []), (MIDDLE, CAPABLE), (NEW, NEWEST)], ids=["old", "middle", "new"]
 )
-def test_hooks_are_switched_off_where_the_cli_has_them(
-    can: Capabilities, hooks: bool, off: bool
+def test_a_workspace_is_distrusted_as_far_as_the_cli_can(
+    can: Capabilities, options: list[str]
 ) -> None:
-    assert (NO_HOOKS in argv(can=can, hooks=hooks)) is off
-    assert json.loads(NO_HOOKS.partition("=")[2]) == {"disableAllHooks": True}
+    start = SessionStart(StartKind.NEW, None)
+    assert argv(start=start, can=can) == options
+    trusted = argv(start=start, can=can, hooks=True)
+    assert trusted == [option for option in options if option in SWITCHES]
 
 
 def test_one_turn_is_the_least_and_is_passed_on() -> None:
@@ -191,7 +192,7 @@ def test_empty_prompts_are_passed_on_to_a_cli_that_takes_them_as_arguments() -> 
         (
             NEW,
             [
-                *CAPABLE,
+                *NEWEST,
                 "--session-id=new-id",
                 "--dangerously-skip-permissions",
                 "--disallowedTools=Bash(rm *)",
@@ -231,7 +232,7 @@ def test_no_value_becomes_an_option(
     can: Capabilities,
     kind: StartKind,
 ) -> None:
-    key = LaunchKey("/w", model=model, disallowed_tools=tuple(denied))
+    key = LaunchKey("/srv/space", model=model, disallowed_tools=tuple(denied))
     settings = TurnSettings(
         allowed_tools=tuple(allowed),
         permission_mode=text,
@@ -240,7 +241,7 @@ def test_no_value_becomes_an_option(
         append_system_prompt=text,
     )
     options = argv(key, settings, SessionStart(kind, text, text), can, mcp_config=text)
-    bare = {*CAPABLE, "--fork-session"}
+    bare = {*CAPABLE, *NEWEST, "--fork-session"}
     valued = [option for option in options if option not in bare]
     assert all(option.startswith("--") and "=" in option for option in valued)
     names = {option.partition("=")[0] for option in valued}

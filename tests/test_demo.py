@@ -164,6 +164,8 @@ def test_every_option_of_the_server_is_accepted(folder: Path) -> None:
         "--mcp-config=/nonexistent.json",
         "--strict-mcp-config",
         '--settings={"disableAllHooks":true}',
+        "--setting-sources=user",
+        "--add-dir=/srv/space",
         "--allow-dangerously-skip-permissions",
         "--json-schema={}",
     )

@@ -7,6 +7,7 @@ are in argv (the kernel limits one argument to 128 KiB, and everyone on the mach
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -173,7 +174,7 @@ def build_argv(
     Build the CLI's argument vector, the program first.
 
     @param mcp_config: path of the file that describes `key.mcp_servers`, or None without any.
-    @param hooks: whether the workspace's own hooks may run.
+    @param hooks: whether hooks may run, and the workspace may configure the CLI.
     @param reusable: leave out what `turn_requests` sets, because a process keeps for good what it
         is started with.  A CLI that cannot serve several turns gets it all the same.
     """
@@ -183,9 +184,10 @@ def build_argv(
         "--include-partial-messages": can.partial_messages,
         "--replay-user-messages": can.replay,
         "--strict-mcp-config": can.strict_mcp,
-        '--settings={"disableAllHooks":true}': can.settings and not hooks,
     }
     argv += [option for option, wanted in switches.items() if wanted]
+    if not hooks:
+        argv += _distrust(key.workspace, can)
     argv += _session_options(start, can)
     argv += _permission_options(key, settings, reusable=reusable)
     values: dict[str, str | int | None] = {
@@ -199,6 +201,25 @@ def build_argv(
         values["--append-system-prompt"] = settings.append_system_prompt
     argv += [f"{option}={value}" for option, value in values.items() if value is not None]
     return argv
+
+
+def _distrust(workspace: str, can: Capabilities) -> list[str]:
+    """
+    Options that keep what lies in the workspace from running commands and from giving permissions.
+
+    Hooks are not all that could: settings name other commands (``apiKeyHelper``), an environment
+    (``ANTHROPIC_BASE_URL``) and rules; the project's own commands, skills and agents bring commands
+    and rules along, too.  So none of them is read.  CLAUDE.md would go with them: it comes back by
+    declaring the workspace an additional directory of itself.
+    """
+    if not can.settings:
+        return []
+    settings: dict[str, Any] = {"disableAllHooks": True}
+    sources = []
+    if can.setting_sources:
+        settings["env"] = {"CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD": "1"}
+        sources = ["--setting-sources=user", f"--add-dir={workspace}"]
+    return [f"--settings={json.dumps(settings, separators=(',', ':'))}", *sources]
 
 
 def _session_options(start: SessionStart, can: Capabilities) -> list[str]:

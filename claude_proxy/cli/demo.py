@@ -32,7 +32,8 @@ OPTIONS = """-p --verbose --version --include-partial-messages --replay-user-mes
  --fork-session --strict-mcp-config --dangerously-skip-permissions
  --allow-dangerously-skip-permissions --input-format= --output-format= --session-id= --resume=
  --model= --permission-mode= --effort= --max-turns= --system-prompt= --append-system-prompt=
- --allowedTools= --disallowedTools= --mcp-config= --settings= --json-schema="""
+ --allowedTools= --disallowedTools= --mcp-config= --settings= --setting-sources= --add-dir=
+ --json-schema="""
 QUOTED = 200  # characters of a prompt that are quoted and remembered
 SESSIONS = 1000  # session files that are kept
 WORD_SECONDS, TURN_SECONDS = 0.025, 2.5

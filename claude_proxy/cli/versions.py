@@ -10,9 +10,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-__all__ = ["Capabilities", "capabilities_of", "parse_version"]
+__all__ = ["PERMISSION_MODES", "Capabilities", "capabilities_of", "parse_version"]
 
 _MODES = ("acceptEdits", "bypassPermissions", "default", "plan")
+
+PERMISSION_MODES = ("acceptEdits", "auto", "bypassPermissions", "default", "dontAsk", "plan")
+"""All that any version knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Capabilities:
     @ivar fork: ``--fork-session``.
     @ivar strict_mcp: ``--strict-mcp-config``.
     @ivar settings: ``--settings`` (there are hooks that it can switch off).
+    @ivar setting_sources: ``--setting-sources``, and directories of ``--add-dir`` may have a
+        CLAUDE.md: so the settings of a workspace can be left out, and its CLAUDE.md kept.
     @ivar effort: ``--effort``.
     @ivar live: a process can serve several turns: what belongs to a turn can be set, and taken
         back, by control requests (``apply_flag_settings``).
@@ -52,6 +57,7 @@ class Capabilities:
     fork: bool = False
     strict_mcp: bool = False
     settings: bool = False
+    setting_sources: bool = False
     effort: bool = False
     live: bool = False
     late_prompts: bool = False
@@ -83,13 +89,14 @@ _V1_0_128 = replace(
 _V2_1_197 = replace(
     _V1_0_128,
     version="2.1.197",
+    setting_sources=True,
     effort=True,
     live=True,
     late_prompts=True,
     drops_blank_text=True,
     folder_limit=200,
     output_limit=128_000,
-    permission_modes=("acceptEdits", "auto", "bypassPermissions", "default", "dontAsk", "plan"),
+    permission_modes=PERMISSION_MODES,
 )
 _ROWS = (
     ((2, 1, 197), _V2_1_197),

@@ -21,6 +21,9 @@ __all__ = ["ANONYMOUS", "Authenticator", "Origins", "presented_key"]
 ANONYMOUS = "anonymous"
 """The tenant of every request while no key is configured."""
 
+_OTHER_SITES = frozenset({"cross-site", "same-site"})
+"""What browsers say of a request that a page of another origin has made."""
+
 
 def presented_key(authorization: str | None, x_api_key: str | None) -> str | None:
     """
@@ -81,10 +84,12 @@ class Origins:
     hosts: tuple[str, ...]
     open: bool
 
-    def check(self, host: str | None, origin: str | None) -> None:
+    def check(self, host: str | None, origin: str | None, site: str | None = None) -> None:
         """
         Refuse web pages that must not be answered.
 
+        @param site: the ``Sec-Fetch-Site`` of a browser, which tells of a page also where no
+            Origin does: an image or a script is fetched without one.
         @raise ProxyError: ORIGIN_NOT_ALLOWED.
         """
         if not self.open:
@@ -101,6 +106,12 @@ class Origins:
             message = (
                 f"This server does not answer web pages from '{origin[:100]}'. Add the origin to "
                 "CORS_ORIGINS to allow it."
+            )
+            raise ProxyError(Failure.ORIGIN_NOT_ALLOWED, message)
+        if origin is None and site is not None and site.strip().lower() in _OTHER_SITES:
+            message = (
+                "This server has no API keys and does not answer what other web pages load or link "
+                "to. Enter the address by hand, or set API_KEY."
             )
             raise ProxyError(Failure.ORIGIN_NOT_ALLOWED, message)
 

@@ -25,8 +25,10 @@ _CLIENTS = {
     "test_openai_python",
     "test_outcomes",
     "test_python_conversations",
+    "test_reach",
+    "test_untrusted_workspaces",
 }
-"""Modules about real clients: half of all, so that CI can run both halves side by side."""
+"""Modules about clients and whom to trust: half of all, which CI runs beside the other half."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
