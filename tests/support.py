@@ -26,6 +26,7 @@ from claude_proxy.interfaces import ISessionControl
 from claude_proxy.sessions.store import Store
 from claude_proxy.web.auth import Authenticator, Origins
 from claude_proxy.web.site import Gate, ProxyRequest, ProxySite
+from tests.secrecy import SECRETS
 
 __all__ = [
     "Answer",
@@ -341,6 +342,13 @@ def _dechunked(data: bytes) -> tuple[bytes, bytes, bool]:
     return body, b"", False
 
 
+def _learn_from(data: bytes) -> None:
+    """Keep in mind what no log may show of a request that comes in one piece."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    lines = [line.partition(": ") for line in head.decode("latin-1").split("\r\n")]
+    SECRETS.learn_request({name.lower(): value for name, _, value in lines}, body)
+
+
 class Connection:
     """
     A connection to a site in memory; the test plays client and socket.
@@ -359,6 +367,7 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send bytes."""
+        _learn_from(data)
         self._channel.dataReceived(data)
 
     def request(

@@ -120,6 +120,7 @@ class World:
         live: int = 0,
         spares: int = 0,
         turns: int = 16,
+        workspace_hooks: bool = False,
         **environment: str,
     ) -> None:
         self.reactor = FakeReactor()
@@ -139,7 +140,7 @@ class World:
                 line_limit=1024 * 1024,
                 environment={"PATH": "/usr/bin:relative", "HOME": "/root"} | environment,
                 allow_skip_permissions=True,
-                workspace_hooks=False,
+                workspace_hooks=workspace_hooks,
                 run_directory=self.run_directory,
                 marker="state.run",
                 concurrent_turns=turns,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from twisted.python import log as legacy
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
+import claude_proxy
 from claude_proxy.web.logs import level_of, make_observer, mask_key, open_log_file
 
 NOON = 1_795_348_800.0456  # 2026-11-22 12:00:00 UTC
@@ -880,3 +882,117 @@ def test_the_log_of_the_system_gets_one_message_a_record(monkeypatch: pytest.Mon
     observer({"log_format": "two"})
     assert calls[0] == ("openlog", "proxy")
     assert [json.loads(str(text))["message"] for (text,) in calls[1:]] == ["one\0", "two"]
+
+
+# All that the program logs.
+
+
+class Call(NamedTuple):
+    """One place in the program that logs."""
+
+    place: str
+    kind: str
+    template: str
+    fields: tuple[str, ...]
+
+
+METHODS = {"debug", "info", "warn", "error", "failure", "critical", "write", "level"}
+
+
+def logging_calls() -> Iterator[tuple[str, ast.Call]]:
+    """All calls with a field `type`, each with its place."""
+    package = Path(claude_proxy.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and any(word.arg == "type" for word in node.keywords):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if name in METHODS:
+                    yield f"{path.relative_to(package)}:{node.lineno}", node
+
+
+def calls() -> Iterator[Call]:
+    for place, node in logging_calls():
+        words = {word.arg: word.value for word in node.keywords if word.arg is not None}
+        kind, template = words.pop("type"), node.args[0]
+        assert isinstance(kind, ast.Constant), place
+        # A template that is put together could have a client's braces in it.
+        assert isinstance(template, ast.Constant), f"{place}: the template is no literal"
+        yield Call(place, str(kind.value), str(template.value), tuple(words))
+
+
+CALLS = list(calls())
+
+HOSTILE: dict[str, object] = {
+    "a new line": 'x\n{"time": "2026-11-22T12:00:00.000Z", "level": "error", "type": "forged"}',
+    "carriage return": "x\r\nERROR forged",
+    "line separators": "x\u2028forged\u2029forged\x85forged\x0bforged\x0cforged\x1cforged",
+    "NUL": "x\x00y",
+    "a lone surrogate": "x\ud800y\udfff",
+    "terminal codes": "\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f\u202e\u200b\ufeff",
+    "quotes": 'x" \\" \\\\", "level": "error',
+    "100 kB": "x" * 100_000,
+    "100 kB of controls": "\x1b\n" * 50_000,
+    "braces": "{0.__class__} {request_id.__class__.__init__.__globals__} {log_source!r} {} {{ }",
+    "percents": "%s %(request_id)s %n %%",
+    "bytes": b"\xff\x00\n\x1b[2J",
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "a huge number": 10**5000,
+    "what raises": Hostile(),
+    "a list of it all": ["\n", b"\xff", Hostile(), float("nan"), {"\x1b": "\ud800"}],
+    "a key of it all": {"\n\x1b[2J": {"\u2028": Hostile()}, Hostile: 1},
+}
+
+
+def test_everything_that_is_logged_is_seen_here() -> None:
+    page = Path(__file__).parent.parent / "docs" / "logs.md"
+    rows = re.compile(r"^\| `(\w+)` \| (?:debug|info|warn|error)\b", re.MULTILINE)
+    documented = rows.findall(page.read_text(encoding="utf-8"))
+    assert {call.kind for call in CALLS} == set(documented)
+    assert len(documented) > 40
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_field_of_any_record_can_spoil_the_log(name: str) -> None:
+    """Neither as JSON nor for people, whichever field of whichever type it is."""
+    value = HOSTILE[name]
+    machine, people = io.StringIO(), Terminal()
+    observers = [
+        make_observer(machine, production=True, level="debug"),
+        make_observer(people, production=False, level="debug"),
+    ]
+    for call in CALLS:
+        event = {
+            "log_namespace": "claude_proxy.web",
+            "log_level": LogLevel.warn,
+            "log_time": NOON,
+            "log_format": call.template,
+            "type": call.kind,
+            **dict.fromkeys(call.fields, value),
+        }
+        for observer in observers:
+            observer(dict(event))
+    written = parsed(machine)
+    assert len(machine.getvalue().splitlines()) == len(CALLS)  # however lines are told apart
+    machine.getvalue().encode("ascii")
+    assert [(only["type"], only["level"]) for only in written] == [(c.kind, "warn") for c in CALLS]
+    for call, only in zip(CALLS, written, strict=True):
+        assert set(only) == {"time", "level", "component", "type", "message", *call.fields}
+        assert "claude_proxy.web.logs" not in json.dumps(only), "a template looked inside"
+    lines = people.getvalue().splitlines()
+    assert len(lines) == len(CALLS)
+    for call, line in zip(CALLS, lines, strict=True):
+        assert f" \x1b[33mWARN \x1b[0m web  {call.kind}  " in line
+        assert re.sub(r"\x1b\[(33|0)m", "", line).isprintable()
+        assert len(line) < 300_000
+
+
+@given(st.sampled_from(CALLS), st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_values_in_the_fields_of_any_record_are_one_line(call: Call, data: Any) -> None:
+    fields = {name: data.draw(values) for name in call.fields}
+    event = {"log_format": call.template, "type": call.kind, "log_level": LogLevel.info, **fields}
+    only = record(event)
+    assert only["type"] == call.kind
+    assert set(call.fields) <= set(only)
+    assert len(readable(event).splitlines()) == 1

@@ -164,6 +164,7 @@ def test_a_fault_behind_the_back_of_a_client_that_has_left_is_logged(
     world.control.endings["a"][1].errback(ZeroDivisionError())
     [record] = [event for event in logged if event.get("type") == "internal_error"]
     assert record["log_failure"].check(ZeroDivisionError)
+    assert record["request_id"] == "r-1"
 
 
 def test_a_failure_that_concerns_only_a_client_that_has_left_is_no_fault(

@@ -68,6 +68,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.log_context = {"request_id": "req_1"}
 
     def write(self, data: bytes) -> None:
         self.asked.append(f"write {data.decode()}")
@@ -446,6 +447,6 @@ def test_an_observer_that_fails_ends_the_turn_and_disturbs_nobody_else(
         play.says(INIT, last)
     assert play.error.failure is Failure.INTERNAL_ERROR
     assert play.agent.asked == ["write hello", "stop"]
-    assert [(log["type"], log["log_failure"].type) for log in logs] == [
-        ("internal_error", ValueError)
+    assert [(log["type"], log["log_failure"].type, log["request_id"]) for log in logs] == [
+        ("internal_error", ValueError, "req_1")
     ]

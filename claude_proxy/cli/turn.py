@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -208,7 +209,8 @@ class Turn:
         try:
             self._observer.turn_events(events)
         except Exception:  # noqa: BLE001 - it must not reach the reactor, which would drop the pipe
-            self._log.failure("events could not be passed on", type="internal_error")
+            about: dict[str, Any] = {} if self._agent is None else self._agent.log_context
+            self._log.failure("events could not be passed on", type="internal_error", **about)
             self.stop(ProxyError(Failure.INTERNAL_ERROR))
 
     def _content_received(self, event: Event, now: float) -> None:

@@ -50,6 +50,7 @@ async def start(
     *,
     reusable: bool,
     log_context: dict[str, object],
+    purpose: str = "turn",
 ) -> Agent:
     """
     Start a process.
@@ -66,6 +67,7 @@ async def start(
         kill_timeout=around.settings.kill_timeout,
         line_limit=around.settings.line_limit,
         log_context=log_context,
+        purpose=purpose,
         heard=beginning.over,
     )
     marker = around.next_marker()
@@ -87,6 +89,8 @@ async def start(
         beginning.over()
         await around.bury(agent)
         raise
+    if can.setting_sources and not around.settings.workspace_hooks:
+        around.ignored.look(Path(setup.key.workspace), log_context)
     return agent
 
 
@@ -103,7 +107,16 @@ def make_spares(around: RunContext, is_busy: Callable[[], bool]) -> Spares:
     async def begin(setup: Setup, session_id: str) -> Agent:
         can = await around.probe.capabilities()
         new = SessionStart(StartKind.NEW, session_id)
-        return await start(around, setup, new, TurnSettings(), can, reusable=True, log_context={})
+        return await start(
+            around,
+            setup,
+            new,
+            TurnSettings(),
+            can,
+            reusable=True,
+            log_context={},
+            purpose="spare",
+        )
 
     async def stamp(setup: Setup) -> bytes | None:
         sources = freshness.paths_read(Path(setup.key.workspace), directory, home)

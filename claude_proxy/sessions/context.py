@@ -19,6 +19,7 @@ from claude_proxy.cli.turn import Limits
 from claude_proxy.sessions.agentfiles import AgentFiles
 from claude_proxy.sessions.book import SessionBook
 from claude_proxy.sessions.capacity import Capacity
+from claude_proxy.sessions.ignored import IgnoredFiles
 from claude_proxy.sessions.leases import Leases
 from claude_proxy.sessions.mcp import McpServers
 from claude_proxy.sessions.pacing import Pace
@@ -71,6 +72,7 @@ class RunContext:
     What all runs share: the settings, and those who do the work.
 
     @ivar spares: the processes that are started ahead of need; set by the executor.
+    @ivar ignored: tells once of each workspace what the CLI is not let read in it.
     @ivar learn: told the version of the CLI and what each process says of itself at its start.
     """
 
@@ -103,6 +105,7 @@ class RunContext:
         self.mcp = mcp
         self.probe = probe
         self.sweeper = sweeper
+        self.ignored = IgnoredFiles(self.in_thread)
         self.files = AgentFiles(self.in_thread, settings.run_directory, settings.environment)
         self.pool = AgentPool(
             clock,

@@ -90,7 +90,7 @@ class SessionRegister:
         @param request_id: names the request in the log.
         @return: when the turn has ended: whether one was running.
         """
-        return self._to_its_end(self._interrupt(tenant, session_id, request_id))
+        return self._to_its_end(self._interrupt(tenant, session_id, request_id), request_id)
 
     async def _interrupt(self, tenant: str, session_id: str, request_id: str) -> bool:
         record = await self._book.get(tenant, session_id)
@@ -112,7 +112,7 @@ class SessionRegister:
         @param request_id: names the request in the log.
         @return: when nothing runs any more: what the session was.
         """
-        return self._to_its_end(self._delete(tenant, session_id, request_id))
+        return self._to_its_end(self._delete(tenant, session_id, request_id), request_id)
 
     async def _delete(self, tenant: str, session_id: str, request_id: str) -> SessionRecord:
         # First: whoever looks it up from now on finds none, and nobody can begin a turn behind the
@@ -129,7 +129,7 @@ class SessionRegister:
         await self._control.end(record.id, ProxyError(Failure.SESSION_NOT_FOUND, message))
         return record
 
-    def _to_its_end(self, work: Coroutine[Any, Any, _T]) -> Deferred[_T]:
+    def _to_its_end(self, work: Coroutine[Any, Any, _T], request_id: str) -> Deferred[_T]:
         """Do work that goes on when nobody waits for it any more."""
         answer: Deferred[_T] = Deferred()
 
@@ -141,6 +141,7 @@ class SessionRegister:
                     "a session could not be interrupted or deleted",
                     result,
                     type="internal_error",
+                    request_id=request_id,
                 )
 
         Deferred.fromCoroutine(work).addBoth(deliver)

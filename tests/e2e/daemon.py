@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ import httpx
 from httpx_sse import EventSource
 
 from tests.e2e.processes import children_of, processes_with_env, wait_until
+from tests.secrecy import SECRETS, Transcript
 
 __all__ = [
     "API_KEY",
@@ -81,7 +83,8 @@ class Daemon:
     """
     `twistd -n claude-proxy` in a process of its own, on a free port, logging JSON.
 
-    A context manager: inside, the server listens; on leaving, it is stopped.
+    A context manager: inside, the server listens; on leaving, it is stopped.  What it has printed
+    is searched for secrets when it has ended, see `tests.secrecy`.
 
     @param folder: the test's own folder; it also marks the daemon's processes, see
         L{processes_with_env}.
@@ -123,6 +126,7 @@ class Daemon:
         self.stderr_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process: subprocess.Popen[bytes] | None = None
         self._readers: list[threading.Thread] = []
+        self._transcript = Transcript(SECRETS)
 
     def __enter__(self) -> Self:
         self.start()
@@ -145,6 +149,7 @@ class Daemon:
         """Start the process without waiting for anything, for tests of starts that fail."""
         self.base.mkdir(parents=True, exist_ok=True)
         self.cwd.mkdir(parents=True, exist_ok=True)
+        SECRETS.learn_environment(self.environment, self.cwd)
         self._process = subprocess.Popen(
             self.argv,
             cwd=self.cwd,
@@ -157,7 +162,9 @@ class Daemon:
             (self._process.stdout, self.lines),
             (self._process.stderr, self.stderr_lines),
         ):
-            reader = threading.Thread(target=_collect, args=(pipe, lines), daemon=True)
+            reader = threading.Thread(
+                target=_collect, args=(pipe, lines, self._transcript), daemon=True
+            )
             reader.start()
             self._readers.append(reader)
 
@@ -190,7 +197,9 @@ class Daemon:
     def client(self, **options: Any) -> httpx.Client:
         """An HTTP client for this server; the options are those of httpx.Client."""
         defaults = {"base_url": self.url, "timeout": 60, "trust_env": False}
-        return httpx.Client(**{**defaults, **options})
+        client = httpx.Client(**{**defaults, **options})
+        client.event_hooks["request"].append(_learn_from)
+        return client
 
     def records(self, type: str | None = None, **fields: Any) -> list[dict[str, Any]]:  # noqa: A002  (the field's name in the log)
         """The log records so far of this type and with these fields, oldest first."""
@@ -225,26 +234,31 @@ class Daemon:
         """
         The exit code, waited for.
 
-        @raise AssertionError: it still runs after that many seconds.
+        @raise AssertionError: it still runs after that many seconds, or has printed a secret.
         """
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"The daemon still runs after {timeout} s.") from None
         self._join()
+        SECRETS.learn_environment(self.environment, self.cwd)  # files may have changed
+        logs = [*self.cwd.glob("*.log*"), *self.folder.glob("*.log*")]
+        self._transcript.check(f"The daemon in {self.folder}", logs)
         return code
 
     def stop(self) -> int:
         """
         End it with SIGTERM and return the exit code; nothing happens if it has ended.
 
-        @raise AssertionError: it had to be killed.
+        @raise AssertionError: it had to be killed, or has printed a secret.
         """
         if self.returncode is None:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.wait()
         except AssertionError:
+            if self.returncode is not None:
+                raise  # it ended, but not well
             self.kill()
             raise AssertionError(
                 f"SIGTERM did not end the daemon within {_STOP_SECONDS} s.\n{self.output[-4000:]}"
@@ -270,9 +284,17 @@ def _where_the_package_is() -> dict[str, str]:
     return {} if installed else {"PYTHONPATH": str(_CHECKOUT)}
 
 
-def _collect(pipe: IO[bytes], lines: deque[str]) -> None:
+def _learn_from(request: httpx.Request) -> None:
+    """Keep in mind what no log may show."""
+    with suppress(httpx.RequestNotRead):  # its body is made on the way
+        SECRETS.learn_request(request.headers, request.content)
+
+
+def _collect(pipe: IO[bytes], lines: deque[str], transcript: Transcript | None = None) -> None:
     with pipe:
         for line in pipe:
+            if transcript is not None:
+                transcript.add(line)
             lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
 

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from tests.e2e.answers import Answer, ApiError, Wait, answer_to, events, message
 from tests.e2e.conversation import Conversation
 from tests.e2e.script import ScriptError, parse
+from tests.secrecy import SECRETS
 
 __all__ = ["REFUSED_KEY", "MessagesApi", "Recorded"]
 
@@ -169,6 +170,9 @@ class MessagesApi:
     # What follows is for the handler threads.
 
     def keep(self, request: Recorded) -> None:
+        if request.is_turn:
+            for text in request.conversation.user_texts:
+                SECRETS.learn_prompt(text)
         with self._changed:
             self._kept.append(request)
             self._changed.notify_all()

@@ -19,16 +19,22 @@ from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.threads import deferToThread
 
+from claude_proxy.interfaces import IRunningTurn, ITurnObserver
 from claude_proxy.sessions.executor import Executor
 from claude_proxy.sessions.mcp import McpServers
+from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.settings import load_settings
 from claude_proxy.tap import _Builder
+from tests.secrecy import SECRETS
 
 __all__ = ["Running", "in_thread", "is_alive", "pause", "serving", "turn", "until"]
 
 _T = TypeVar("_T")
 
 reactor: Any = _reactor
+
+PROMPT = "go, and let no log have these words"
+"""What is said where it does not matter."""
 
 _TICK_SECONDS = 0.02
 
@@ -159,9 +165,11 @@ async def serving(folder: Path, body: str, **variables: str) -> AsyncIterator[Ru
         **variables,
     }
     settings = load_settings({}, environ, {}, folder)
+    SECRETS.learn_environment(environ, folder)
     mcp = McpServers(settings.mcp_config_path, named=False)
     endpoint = serverFromString(reactor, settings.listen)
     service = _Builder(reactor, settings, mcp, demo=False).build(endpoint, None)
+    _learn_prompts(service._executor)
     hang_up = signal.getsignal(signal.SIGHUP)
     service.privilegedStartService()
     service.startService()
@@ -171,6 +179,18 @@ async def serving(folder: Path, body: str, **variables: str) -> AsyncIterator[Ru
     finally:
         await service.stopService()
         signal.signal(signal.SIGHUP, hang_up)
+
+
+def _learn_prompts(executor: Executor) -> None:
+    """Keep in mind what no log may show of the turns that it runs."""
+    run = executor.run
+
+    def run_and_learn(request: TurnRequest, observer: ITurnObserver) -> IRunningTurn:
+        for block in request.blocks:
+            SECRETS.learn_prompt(str(block.get("text", "")))
+        return run(request, observer)
+
+    executor.run = run_and_learn  # type: ignore[method-assign]  # a test's own one
 
 
 async def until(condition: Callable[[], _T], what: str, limit: float = 10.0) -> _T:
@@ -209,9 +229,16 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def turn(session: str | None = None, *, key: str | None = None, version: str = "1.1") -> bytes:
+def turn(
+    session: str | None = None,
+    *,
+    key: str | None = None,
+    version: str = "1.1",
+    prompt: str = PROMPT,
+) -> bytes:
     """The bytes of a request for a turn."""
-    fields = {"prompt": "go", "session-id": session}
+    fields = {"prompt": prompt, "session-id": session}
+    SECRETS.learn_prompt(prompt)
     body = json.dumps({name: value for name, value in fields.items() if value}).encode()
     head = [
         f"POST /api/claude HTTP/{version}",

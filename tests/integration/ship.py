@@ -148,8 +148,6 @@ class Ship(Daemon):
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._told = folder / "told.json"
         self.environment["SHIP_TOLD"] = str(self._told)
-        # Otherwise it keeps up to 2 MB for each thread, and the last of those may start late.
-        self.environment["MALLOC_ARENA_MAX"] = "1"
         self._write_mcp(mcp)
 
     def records(self, type: str | None = None, **fields: Any) -> list[dict[str, Any]]:  # noqa: A002  (as in Daemon)

@@ -300,6 +300,20 @@ def test_without_a_key_the_log_suggests_a_fresh_one(tmp_path: Path) -> None:
     assert len(suggestions) == 2
 
 
+@pytest.mark.parametrize(
+    ("keys", "warned"),
+    [("alice:fifteen-letters\nbob:sixteen-letters-\ncarol:short\n", ["alice", "carol"]), (KEY, [])],
+)
+def test_short_keys_are_warned_about(tmp_path: Path, keys: str, warned: list[str]) -> None:
+    (tmp_path / "keys").write_text(keys)
+    with Demo(tmp_path, API_KEYS_FILE=str(tmp_path / "keys")) as daemon:
+        daemon.wait_for_record("server_listening")
+        with daemon.client() as client:
+            client.get("/health")
+    assert [record["tenants"] for record in daemon.records("short_keys")] == [warned] * bool(warned)
+    assert "fifteen-letters" not in daemon.output
+
+
 def test_a_public_server_without_keys_is_warned_about(tmp_path: Path) -> None:
     with Demo(tmp_path, "--host=0.0.0.0") as daemon:
         daemon.wait_for_record("public_without_keys")
