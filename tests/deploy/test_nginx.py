@@ -99,16 +99,16 @@ def test_each_event_reaches_the_client_as_soon_as_it_is_written(tmp_path: Path) 
 
 
 def test_silence_longer_than_nginx_waits_is_bridged_by_signs_of_life(tmp_path: Path) -> None:
-    impatient = {"proxy_read_timeout 3700s;": "proxy_read_timeout 1s;"}
+    impatient = {"proxy_read_timeout 3700s;": "proxy_read_timeout 2s;"}
     with (
         server(tmp_path, SILENT_CLI, quick_heart=True) as daemon,
         Nginx(tmp_path / "nginx", daemon, impatient) as nginx,
         nginx.client(headers=KEYED) as client,
     ):
-        with client.stream("POST", "/api/claude", json={"prompt": "3"}) as response:
+        with client.stream("POST", "/api/claude", json={"prompt": "5"}) as response:
             assert [event["type"] for event in sse_events(response)] == ["system", "result"]
         # One answer in one piece has no signs of life: this is what the long timeout is for.
-        cut = client.post("/api/claude", json={"prompt": "3", "stream": False})
+        cut = client.post("/api/claude", json={"prompt": "5", "stream": False})
         assert cut.status_code == 504
         assert cut.headers["server"].startswith("nginx")
         daemon.wait_for_record("client_gone")
