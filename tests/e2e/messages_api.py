@@ -148,7 +148,7 @@ class MessagesApi:
             self._changed.notify_all()
 
     def wait_for(
-        self, wanted: Callable[[Recorded], bool], timeout: float = 10.0, *, text: str = ""
+        self, wanted: Callable[[Recorded], bool], timeout: float = 30.0, *, text: str = ""
     ) -> Recorded:
         """
         The first conversation request that is as wanted, waiting for it to come or to become so.
