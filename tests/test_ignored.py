@@ -36,7 +36,8 @@ def told(events: Sequence[LogEvent]) -> list[tuple[list[str], str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_of_them_is_told(name: str, tmp_path: Path) -> None:
     put(tmp_path, name)
-    put(tmp_path, "CLAUDE.md")
+    for read in ("CLAUDE.md", ".claude/CLAUDE.md", ".claude/rules/rule.md"):
+        put(tmp_path, read)
     with capturedLogs() as events:
         IgnoredFiles(at_once).look(tmp_path, {"request_id": "req_1"})
     assert told(events) == [([name], str(tmp_path))]
@@ -62,7 +63,7 @@ def test_each_workspace_is_told_once_and_when_it_has_some(tmp_path: Path) -> Non
         for _ in range(3):
             files.look(first, {})
             files.look(second, {})
-            put(first, ".claude/rules")
+            put(first, ".claude/agents")
     assert told(events) == [
         ([".claude/skills"], str(first)),
         ([".claude/agents"], str(second)),

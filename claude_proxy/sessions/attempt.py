@@ -325,6 +325,8 @@ class Attempt:
         process.attach(turn)
         process.describe(request_id=request.request_id, session_id=plan.session_id)
         self._log_context = process.log_context
+        is_spare = process.purpose == "spare"
+        self.process_kind = "live" if agent.turns else "spare" if is_spare else "new"
         self._log_start(agent)
         if can.control and agent.turns == 0:
             process.request(
@@ -379,8 +381,6 @@ class Attempt:
             agent.process.finish()
 
     def _log_start(self, agent: Agent) -> None:
-        is_spare = agent.process.purpose == "spare"
-        self.process_kind = "live" if agent.turns else "spare" if is_spare else "new"
         self._log.info(
             "turn started in agent process {pid}",
             type="turn_start",

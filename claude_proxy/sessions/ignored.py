@@ -24,11 +24,13 @@ NAMES = (
     ".claude/commands",
     ".claude/agents",
     ".claude/skills",
-    ".claude/rules",
-    ".claude/CLAUDE.md",
     "CLAUDE.local.md",
 )
-"""What the CLI would read in a workspace that is trusted, beside what it reads in any."""
+"""
+What the CLI would read in a workspace that is trusted, beside what it reads in any.
+
+``CLAUDE.md``, ``.claude/CLAUDE.md`` and ``.claude/rules`` are text for the model, and always read.
+"""
 
 _REMEMBERED = 1000
 """Workspaces of which it is known that they were told of; the oldest is told of again."""

@@ -290,6 +290,10 @@ def test_other_instructions_are_read_where_workspaces_are_trusted(
         assert found == {"Sing.", "Hum."}
     else:
         assert found == {*always.values(), *(trusted.values() if trusts(server) else ())}
+        ignored = server.daemon.records("workspace_settings_ignored", workspace=str(workspace))
+        assert [record["names"] for record in ignored] == (
+            [] if trusts(server) else [["CLAUDE.local.md"]]
+        )
 
 
 def test_claude_md_is_read_wherever_the_workspace_is_and_in_every_turn(
