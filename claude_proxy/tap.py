@@ -238,7 +238,7 @@ class _Builder:
         self._demo = demo
         self._workspaces = Workspaces(settings.workspace_base)
         self._probe = CliProbe(reactor, reactor, settings.claude_cli, settings.child_environment)
-        self._sweeper = Sweeper(reactor)
+        self._sweeper = Sweeper(reactor, reactor)
         self._started = reactor.seconds()
 
     def build(self, endpoint: IStreamServerEndpoint, observer: ILogObserver | None) -> ProxyService:

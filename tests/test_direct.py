@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
-from twisted.internet.abstract import FileDescriptor
-from twisted.internet.address import IPv4Address
 from twisted.internet.error import ConnectionLost
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
@@ -15,62 +13,8 @@ from twisted.protocols.policies import WrappingFactory
 
 from claude_proxy.web.direct import DirectConnection
 from claude_proxy.web.outlet import Outlet
+from tests.descriptors import EVERYTHING, Socket
 from tests.support import KeptRequests, encode_request, open_site
-
-_EVERYTHING = 1 << 20
-
-
-class Descriptors:
-    """A reactor that only keeps who wants to write."""
-
-    def __init__(self) -> None:
-        self.writers: list[object] = []
-
-    def addWriter(self, writer: object) -> None:
-        if writer not in self.writers:
-            self.writers.append(writer)
-
-    def removeWriter(self, writer: object) -> None:
-        if writer in self.writers:
-            self.writers.remove(writer)
-
-    def removeReader(self, reader: object) -> None:
-        """Nothing is read here."""
-
-
-class Socket(FileDescriptor):
-    """
-    A socket in memory with Twisted's own buffer before it.
-
-    @ivar pieces: what it has taken, call by call.
-    @ivar room: how many bytes it takes in one call.
-    """
-
-    def __init__(self) -> None:
-        self.descriptors = Descriptors()
-        super().__init__(cast(Any, self.descriptors))
-        self.connected = 1
-        self.pieces: list[bytes] = []
-        self.room = _EVERYTHING
-        self.error: Exception | None = None
-
-    def writeSomeData(self, data: bytes) -> int | BaseException:
-        if self.error is not None:
-            return self.error
-        taken = bytes(data[: self.room])
-        if taken:
-            self.pieces.append(taken)
-        return len(taken)
-
-    def getPeer(self) -> IPv4Address:
-        return IPv4Address("TCP", "127.0.0.1", 40000)
-
-    getHost = getPeer
-
-    @property
-    def waits(self) -> bool:
-        """Whether it waits for the reactor to say that there is room."""
-        return bool(self.descriptors.writers)
 
 
 def connected(transport: object) -> DirectConnection:
@@ -115,7 +59,7 @@ def test_the_rest_that_a_full_socket_does_not_take_follows_in_order() -> None:
     socket.room = 4
     send(connection, b"abcdefgh")
     assert (socket.pieces, socket.waits) == ([b"abcd"], True)
-    socket.room = _EVERYTHING
+    socket.room = EVERYTHING
     send(connection, b"ijkl")  # must not overtake
     assert socket.pieces == [b"abcd"]
     socket.doWrite()
@@ -130,7 +74,7 @@ def test_what_twisted_has_begun_to_send_is_not_overtaken() -> None:
     socket.room = 2
     connection.write(b"abcd")
     socket.doWrite()
-    socket.room = _EVERYTHING
+    socket.room = EVERYTHING
     send(connection, b"ef")
     assert socket.pieces == [b"ab"]
     socket.doWrite()

@@ -97,7 +97,7 @@ class SweepList(Sweeper):
     """Only remembers what is to be swept."""
 
     def __init__(self, reactor: Any) -> None:
-        super().__init__(reactor)
+        super().__init__(reactor, reactor)
         self.swept: list[str] = []
         self.finished: Deferred[None] | None = None
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.internet.error import ConnectionLost, ProcessDone, ProcessTerminated
 from twisted.internet.interfaces import IProcessProtocol
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
@@ -23,6 +23,7 @@ from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Ending
 from claude_proxy.cli.process import POLITE_WAIT, AgentProcess
 from claude_proxy.interfaces import IAgentListener
+from tests.descriptors import EVERYTHING, Socket
 
 PID = 90_000_001  # no process has it, should a signal be sent all the same
 KILL_TIMEOUT = 5.0
@@ -77,7 +78,7 @@ class Child:
         self.deeds: list[tuple[float, str]] = []
         self.stdin = b""
         self.stdout = Pipe(self.tell)
-        self.pipes = {1: self.stdout}
+        self.pipes: dict[int, object] = {1: self.stdout}
         self.pid: int | None = PID
         self.listener = Listener()
         self.agent = AgentProcess(
@@ -333,6 +334,27 @@ def test_nothing_is_written_to_a_process_that_is_gone(child: Child) -> None:
     child.ends()
     child.agent.write(b'{"n":2}\n')
     child.agent.request("interrupt")
+    assert child.stdin == b'{"n":1}\n'
+
+
+def test_what_is_written_is_in_the_pipe_at_once_and_in_order(child: Child) -> None:
+    child.pipes[0] = pipe = Socket()
+    child.agent.write(b'{"n":1}\n')
+    assert (pipe.pieces, child.stdin) == ([b'{"n":1}\n'], b"")
+    pipe.room = 2
+    child.write = pipe.write  # type: ignore[method-assign]  # Twisted's has the same buffer
+    child.agent.write(b'{"n":2}\n')
+    child.agent.write(b'{"n":3}\n')
+    assert pipe.pieces[1:] == [b'{"']
+    pipe.room = EVERYTHING
+    pipe.doWrite()
+    assert b"".join(pipe.pieces) == b'{"n":1}\n{"n":2}\n{"n":3}\n'
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_left_to_the_reactor(child: Child) -> None:
+    child.pipes[0] = pipe = Socket()
+    pipe.error = ConnectionLost()
+    child.agent.write(b'{"n":1}\n')
     assert child.stdin == b'{"n":1}\n'
 
 

@@ -14,12 +14,12 @@ from uuid import uuid4
 import pytest
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorThreads
+from twisted.internet.interfaces import IReactorThreads, IReactorTime
 from twisted.logger import capturedLogs
 
 from claude_proxy.cli import sweep
 from claude_proxy.cli.command import MARKER
-from claude_proxy.cli.sweep import Sweeper, end_marked
+from claude_proxy.cli.sweep import GATHERED, Sweeper, end_marked
 from tests.support import FakeReactor, in_reactor, result_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="there is no /proc")
@@ -183,11 +183,12 @@ def test_a_pid_that_changed_hands_is_not_signalled(
     pid = str(child.pid)
     reads = []
 
-    def marker_of(of: str) -> str | None:
+    def environment_of(of: str) -> bytes | None:
         if of != pid:
             return None
         reads.append(of)
-        return marker if len(reads) % 2 else then
+        shown = marker if len(reads) % 2 else then
+        return b"" if shown is None else f"{MARKER}={shown}".encode()
 
     held: list[int] = []
     open_pid = os.pidfd_open
@@ -197,7 +198,7 @@ def test_a_pid_that_changed_hands_is_not_signalled(
         return held[-1]
 
     monkeypatch.setattr(os, "pidfd_open", hold)
-    monkeypatch.setattr(sweep, "_marker_of", marker_of)
+    monkeypatch.setattr(sweep, "_environment_of", environment_of)
     assert end_marked(marker.__eq__) == 0
     assert alive(child)
     assert len(held) == sweep._PASSES
@@ -243,25 +244,49 @@ def _sweeps(monkeypatch: pytest.MonkeyPatch) -> Sweeps:
     return sweeps
 
 
+def _sweeper(fake: FakeReactor) -> Sweeper:
+    return Sweeper(cast(IReactorThreads, fake), fake)
+
+
+def test_markers_that_come_soon_after_each_other_share_a_sweep(sweeps: Sweeps) -> None:
+    fake = FakeReactor()
+    sweeper = _sweeper(fake)
+    sweeper.sweep("a")
+    fake.advance(GATHERED - 0.01)
+    sweeper.sweep("b")
+    assert sweeps.wanted == []
+    fake.advance(0.01)
+    assert sweeps.wanted == [{"a", "b"}]
+    fake.advance(10 * GATHERED)
+    assert sweeps.wanted == [{"a", "b"}]
+    sweeper.sweep("c")
+    fake.advance(GATHERED)
+    assert sweeps.wanted[1:] == [{"c"}]
+
+
 def test_markers_that_come_during_a_sweep_share_the_next(sweeps: Sweeps) -> None:
     fake = FakeReactor()
-    sweeper = Sweeper(cast(IReactorThreads, fake))
+    sweeper = _sweeper(fake)
     fake.hold_threads()
-    for marker in ("a", "b", "c", "b"):
+    sweeper.sweep("a")
+    fake.advance(GATHERED)
+    for marker in ("b", "c", "b"):
         sweeper.sweep(marker)
+    fake.advance(10 * GATHERED)
     assert sweeps.wanted == []
     fake.release_threads()
+    assert sweeps.wanted == [{"a"}]
+    fake.advance(GATHERED)
     assert sweeps.wanted == [{"a"}, {"b", "c"}]
-    sweeper.sweep("d")
-    assert sweeps.wanted[2:] == [{"d"}]
 
 
 def test_finishing_waits_for_every_sweep(sweeps: Sweeps) -> None:
     fake = FakeReactor()
-    sweeper = Sweeper(cast(IReactorThreads, fake))
+    sweeper = _sweeper(fake)
     result_of(sweeper.finish())
     fake.hold_threads()
     sweeper.sweep("a")
+    fake.advance(GATHERED)
     sweeper.sweep("b")
     waiting = [Deferred.fromCoroutine(sweeper.finish()) for _ in range(2)]
     assert [waiter.called for waiter in waiting] == [False, False]
@@ -271,8 +296,17 @@ def test_finishing_waits_for_every_sweep(sweeps: Sweeps) -> None:
     result_of(sweeper.finish())
 
 
+def test_finishing_gathers_no_longer(sweeps: Sweeps) -> None:
+    fake = FakeReactor()
+    sweeper = _sweeper(fake)
+    sweeper.sweep("a")
+    result_of(sweeper.finish())
+    assert sweeps.wanted == [{"a"}]
+    assert fake.getDelayedCalls() == []
+
+
 def test_what_was_left_behind_is_counted_in_the_log(sweeps: Sweeps) -> None:
-    sweeper = Sweeper(cast(IReactorThreads, FakeReactor()))
+    sweeper = _sweeper(FakeReactor())
     with capturedLogs() as logs:
         assert result_of(sweeper.sweep_where("a".__eq__)) == 0
     assert logs == []
@@ -284,14 +318,17 @@ def test_what_was_left_behind_is_counted_in_the_log(sweeps: Sweeps) -> None:
 
 
 def test_a_sweep_that_cannot_be_done_is_logged_and_does_not_stop_the_next(sweeps: Sweeps) -> None:
-    sweeper = Sweeper(cast(IReactorThreads, FakeReactor()))
+    fake = FakeReactor()
+    sweeper = _sweeper(fake)
     sweeps.answer = PermissionError(13, "Permission denied", "/proc")
+    sweeper.sweep("a")
     with capturedLogs() as logs:
-        sweeper.sweep("a")
+        fake.advance(GATHERED)
     assert [log["type"] for log in logs] == ["sweep_failed"]
     assert "Permission denied" in logs[0]["error"]
     sweeps.answer = 0
     sweeper.sweep("b")
+    fake.advance(GATHERED)
     assert sweeps.wanted == [{"a"}, {"b"}]
     result_of(sweeper.finish())
 
@@ -299,7 +336,7 @@ def test_a_sweep_that_cannot_be_done_is_logged_and_does_not_stop_the_next(sweeps
 @in_reactor
 async def test_real_processes_are_swept_in_a_real_thread(start: Start, marker: str) -> None:
     children = [start(f"{marker}.1"), start(f"{marker}.2"), start(f"{marker}.3")]
-    sweeper = Sweeper(cast(IReactorThreads, reactor))
+    sweeper = Sweeper(cast(IReactorThreads, reactor), cast(IReactorTime, reactor))
     sweeper.sweep(f"{marker}.1")
     sweeper.sweep(f"{marker}.2")
     await sweeper.finish()
@@ -313,14 +350,14 @@ def test_a_process_that_shows_no_environment_for_an_instant_is_found(
     start: Start, marker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = start(marker)
-    read = sweep._marker_of
+    read = sweep._environment_of
     looks: list[str] = []
 
-    def marker_of(pid: str) -> str | None:
+    def environment_of(pid: str) -> bytes | None:
         if pid == str(child.pid):
             looks.append(pid)
-            return None if len(looks) == 1 else read(pid)
+            return b"" if len(looks) == 1 else read(pid)
         return read(pid)
 
-    monkeypatch.setattr(sweep, "_marker_of", marker_of)
+    monkeypatch.setattr(sweep, "_environment_of", environment_of)
     assert end_marked(marker.__eq__) == 1

@@ -27,6 +27,7 @@ from claude_proxy.cli.events import Event, parse_event, salvage_event
 from claude_proxy.cli.framing import LineFramer, LineTooLongError
 from claude_proxy.cli.lifecycle import Action, Input, Lifecycle, State
 from claude_proxy.cli.outcomes import Ending
+from claude_proxy.descriptors import send_now
 from claude_proxy.interfaces import IAgentListener
 
 __all__ = ["POLITE_WAIT", "AgentProcess"]
@@ -123,8 +124,12 @@ class AgentProcess(ProcessProtocol):
 
     def write(self, data: bytes) -> None:
         """Write to its stdin; a process that is gone takes nothing any more."""
-        if self.transport is not None and not self.ended:
-            self.transport.write(data)
+        if self.transport is None or self.ended:
+            return
+        pipes: dict[int, object] = getattr(self.transport, "pipes", {})
+        sent = send_now(pipes.get(0), data)
+        if sent < len(data):
+            self.transport.write(data[sent:])
 
     def request(
         self,

@@ -1,9 +1,5 @@
 """
 Connections whose bytes leave at once.
-
-Twisted keeps what is written until the next turn of the reactor, which then asks the system whether
-the socket takes it: two system calls more for each event of a stream, and a wait for everybody else
-who is ready.  A socket mostly takes it at once, so it is asked at once.
 """
 
 from __future__ import annotations
@@ -11,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from twisted.internet.abstract import FileDescriptor
 from twisted.protocols.policies import ProtocolWrapper
+
+from claude_proxy.descriptors import send_now
 
 __all__ = ["DirectConnection"]
 
@@ -37,7 +34,7 @@ class DirectConnection(ProtocolWrapper):
         if not gathered:
             return
         data = b"".join(gathered)
-        sent = _send(self.transport, data)
+        sent = send_now(self.transport, data)
         if sent < len(data):
             self._transport.write(data[sent:])
 
@@ -60,20 +57,3 @@ class DirectConnection(ProtocolWrapper):
     @property
     def _transport(self) -> Any:
         return self.transport
-
-
-def _send(transport: object, data: bytes) -> int:
-    """
-    Have a socket take data past Twisted's buffer; return how much it took.
-
-    It takes nothing if something is in the buffer, which comes first; nor if it is no plain socket:
-    under TLS, these are not the bytes that the socket is to see.
-    """
-    if not isinstance(transport, FileDescriptor) or transport.disconnecting:
-        return 0
-    # Twisted offers no public way to ask whether its buffer is empty.
-    if not transport.connected or transport.dataBuffer or transport._tempDataBuffer:  # noqa: SLF001
-        return 0
-    sent = transport.writeSomeData(data)
-    # An error shows again when the reactor tries, and is handled there.
-    return sent if isinstance(sent, int) else 0

@@ -85,7 +85,7 @@ async def running_executor(
         workspaces=Workspaces(folder / "base"),
         mcp=McpServers(folder / "mcp-config.json", named=False),
         probe=CliProbe(REACTOR, REACTOR, [str(claude)], environment),
-        sweeper=Sweeper(REACTOR),
+        sweeper=Sweeper(REACTOR, REACTOR),
     )
     executor = Executor(context)
     try:
