@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 from uuid import uuid4
@@ -69,6 +70,12 @@ and at all: every third time, and every third time of those.  Python begins with
 
 A turn leaves some 140 objects that refer to each other, and most have grown old by then.  Looked at
 as seldom as Python does, they would be a million, and some 20 MB, before anybody does.
+"""
+
+_MOMENT = 0.01
+"""
+Seconds for which it may wait to tell the log and the database that a turn starts: it is written
+while the agent thinks, not while the agent waits.
 """
 
 _THREADS = 4
@@ -156,7 +163,7 @@ def makeService(options: Options) -> IService:
     if demo:
         settings = _for_demonstration(settings)
     service = _Builder(reactor, settings, mcp, demo=demo).build(
-        endpoint, _observer(settings, options.parent)
+        endpoint, _observer(reactor, settings, options.parent)
     )
     reactor.suggestThreadPoolSize(_THREADS)
     _spare_the_collector()
@@ -215,7 +222,7 @@ def _for_demonstration(settings: Settings) -> Settings:
     )
 
 
-def _observer(settings: Settings, twistd_options: Any) -> ILogObserver | None:
+def _observer(reactor: Any, settings: Settings, twistd_options: Any) -> ILogObserver | None:
     """All records in our format; unless twistd was told where else they go."""
     if twistd_options is None or twistd_options.get("logger"):
         return None
@@ -225,6 +232,7 @@ def _observer(settings: Settings, twistd_options: Any) -> ILogObserver | None:
         production=settings.production,
         level=settings.log_level,
         secrets=[*(key.secret for key in settings.keys), *filter(None, named)],
+        later=partial(reactor.callLater, _MOMENT),
     )
 
 
@@ -244,7 +252,9 @@ class _Builder:
     def build(self, endpoint: IStreamServerEndpoint, observer: ILogObserver | None) -> ProxyService:
         settings, reactor = self._settings, self._reactor
         lock = self._lock_state()
-        store = Store(settings.state_path / "state.sqlite3" if lock else None, reactor)
+        later = partial(reactor.callLater, _MOMENT)
+        path = settings.state_path / "state.sqlite3" if lock else None
+        store = Store(path, reactor, later=later)
         book = SessionBook(store, adopt_unknown=len(settings.keys) <= 1)
         run_directory = (
             settings.state_path / "run"
@@ -290,7 +300,7 @@ class _Builder:
             mcp=self._mcp,
             sweeper=self._sweeper,
             store=store,
-            make_memory_store=lambda: Store(None, reactor),
+            make_memory_store=lambda: Store(None, reactor, later=later),
             state_lock=lock,
             run_directory=run_directory,
             observer=observer,

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 from twisted.logger import LogEvent, capturedLogs
 
 from claude_proxy.cli.versions import capabilities_of
 from claude_proxy.sessions import ignored
-from claude_proxy.sessions.ignored import NAMES, IgnoredFiles
+from claude_proxy.sessions.ignored import LOOKED_AFTER, NAMES, IgnoredFiles
 from tests.test_executor import World
 
 KIND = "workspace_settings_ignored"
@@ -39,7 +40,7 @@ def test_each_of_them_is_told(name: str, tmp_path: Path) -> None:
     for read in ("CLAUDE.md", ".claude/CLAUDE.md", ".claude/rules/rule.md"):
         put(tmp_path, read)
     with capturedLogs() as events:
-        IgnoredFiles(at_once).look(tmp_path, {"request_id": "req_1"})
+        IgnoredFiles(Clock(), at_once).look(tmp_path, {"request_id": "req_1"})
     assert told(events) == [([name], str(tmp_path))]
     assert events[0]["request_id"] == "req_1"
 
@@ -48,22 +49,27 @@ def test_a_link_that_leads_nowhere_is_told_too(tmp_path: Path) -> None:
     (tmp_path / ".claude").mkdir()
     (tmp_path / ".claude" / "agents").symlink_to("nowhere")
     with capturedLogs() as events:
-        IgnoredFiles(at_once).look(tmp_path, {})
+        IgnoredFiles(Clock(), at_once).look(tmp_path, {})
     assert told(events) == [([".claude/agents"], str(tmp_path))]
 
 
 def test_each_workspace_is_told_once_and_when_it_has_some(tmp_path: Path) -> None:
-    files = IgnoredFiles(at_once)
+    clock = Clock()
+    files = IgnoredFiles(clock, at_once)
     first, second = tmp_path / "a", tmp_path / "b"
     with capturedLogs() as events:
         files.look(first, {})
         assert events == []
         put(first, ".claude/skills")
         put(second, ".claude/agents")
+        files.look(first, {})
+        assert events == []  # nobody looks that often
+        clock.advance(LOOKED_AFTER)
         for _ in range(3):
             files.look(first, {})
             files.look(second, {})
             put(first, ".claude/agents")
+            clock.advance(LOOKED_AFTER)
     assert told(events) == [
         ([".claude/skills"], str(first)),
         ([".claude/agents"], str(second)),
@@ -77,9 +83,11 @@ def test_two_looks_at_the_same_time_tell_once(tmp_path: Path) -> None:
         looks.append(Deferred())
         return looks[-1]
 
-    files = IgnoredFiles(later)
+    clock = Clock()
+    files = IgnoredFiles(clock, later)
     with capturedLogs() as events:
         files.look(tmp_path, {"request_id": "req_1"})
+        clock.advance(LOOKED_AFTER)
         files.look(tmp_path, {"request_id": "req_2"})
         for look in looks:
             look.callback((".claude/agents",))
@@ -88,14 +96,14 @@ def test_two_looks_at_the_same_time_tell_once(tmp_path: Path) -> None:
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ignored, "_REMEMBERED", 2)
-    files = IgnoredFiles(at_once)
+    files = IgnoredFiles(Clock(), at_once)
     for name in "abc":
         put(tmp_path / name, ".claude/agents")
     with capturedLogs() as events:
         for name in "abccba":
             files.look(tmp_path / name, {})
     assert [Path(workspace).name for _, workspace in told(events)] == ["a", "b", "c", "a"]
-    assert len(files._told) == 2
+    assert len(files._due) == 2
 
 
 def test_a_fault_in_looking_disturbs_nobody(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_a_fault_in_looking_disturbs_nobody(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with capturedLogs() as events:
-        IgnoredFiles(broken).look(tmp_path, {"request_id": "req_1"})
+        IgnoredFiles(Clock(), broken).look(tmp_path, {"request_id": "req_1"})
     [event] = events
     assert event["type"] == "internal_error"
     assert event["log_failure"].check(ZeroDivisionError)

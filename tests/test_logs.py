@@ -711,6 +711,27 @@ def test_every_record_is_flushed() -> None:
     assert b"hello" in raw.getvalue()
 
 
+def test_what_tells_of_a_turns_start_waits_and_keeps_its_place() -> None:
+    file, put_off = io.StringIO(), list[Callable[[], None]]()
+    observer = make_observer(file, production=True, level="debug", later=put_off.append)
+    log = Logger(namespace="claude_proxy.web", observer=observer)
+    log.info("one", type="request")
+    log.info("two", type="turn_start")
+    assert (file.getvalue(), len(put_off)) == ("", 1)
+    put_off.pop()()
+    assert [entry["message"] for entry in parsed(file)] == ["one", "two"]
+    log.info("three", type="request")
+    log.info("four", type="turn_end")
+    assert [entry["message"] for entry in parsed(file)[2:]] == ["three", "four"]
+    put_off.pop()()  # it has nothing left to do
+    log.info("five", type="request")
+    elsewhere = threading.Thread(target=log.info, args=("six",), kwargs={"type": "request"})
+    elsewhere.start()
+    elsewhere.join()
+    messages = [entry["message"] for entry in parsed(file)]
+    assert messages == ["one", "two", "three", "four", "five", "six"]
+
+
 def test_the_observer_is_one() -> None:
     observer = make_observer(io.StringIO(), production=True, level="info")
     assert verifyObject(ILogObserver, observer)

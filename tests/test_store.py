@@ -77,6 +77,43 @@ async def test_a_session_comes_back_as_it_was_given(record: SessionRecord) -> No
 
 
 @in_reactor
+async def test_what_nobody_waits_for_is_written_later_and_in_order() -> None:
+    put_off: list[Callable[[], None]] = []
+    store = Store(None, REACTOR, later=put_off.append)
+    await store.open()
+    created, begun = store.create(RECORD), store.begin(A, B, 2000.0)
+    assert len(put_off) == 1
+    assert (created.called, begun.called) == (False, False)
+    put_off.pop()()
+    await begun
+    assert created.called
+    # Whoever asks for something finds all that was to be written before.
+    finished = store.finish_turn(A, 3000.0, 0.25, "success", {})
+    found = await store.find(B)
+    assert found is not None
+    assert (finished.called, found.turns) == (True, 1)
+    put_off.pop()()  # it has nothing left to do
+    closed = store.set_tip(A, "tip", None)
+    await store.close()
+    assert closed.called
+    assert len(put_off) == 1
+
+
+@in_reactor
+async def test_what_fails_among_others_fails_alone() -> None:
+    put_off: list[Callable[[], None]] = []
+    store = Store(None, REACTOR, later=put_off.append)
+    await store.open()
+    store.create(RECORD)
+    failing = failure_of(store.begin(C, C, 2000.0))
+    begun = store.begin(A, B, 2000.0)
+    put_off.pop()()
+    assert "session" in await failing
+    await begun
+    await store.close()
+
+
+@in_reactor
 async def test_an_unknown_session_is_not_found() -> None:
     store = await opened()
     await store.create(RECORD)

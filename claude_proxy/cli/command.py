@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +357,7 @@ def resolve_program(name: str, path: str) -> str:
 
 def _is_executable(path: str) -> bool:
     try:
-        mode = Path(path).stat().st_mode
+        mode = os.stat(path).st_mode  # noqa: PTH116 - for every turn: a Path costs more
     except OSError:
         return False
     return stat.S_ISREG(mode) and os.access(path, os.X_OK)
@@ -369,6 +370,11 @@ _PYTHON_LAUNCHER = (
 )
 
 
+@cache
+def _first_executable(places: tuple[str, ...]) -> str | None:
+    return next(filter(_is_executable, places), None)
+
+
 def launch_prefix(directory: str) -> list[str]:
     """
     What to put before an argument vector so that it runs in `directory` as a session of its own.
@@ -377,10 +383,10 @@ def launch_prefix(directory: str) -> list[str]:
     have to fork, which blocks the reactor for milliseconds.  Where there is no setsid (macOS),
     Python stands in for it.
     """
-    for setsid in _SETSID_PLACES:
-        if _is_executable(setsid):
-            script = 'cd -- "$1" && shift && exec "$@"'
-            return [setsid, _SHELL, "-c", script, "sh", directory]
+    setsid = _first_executable(_SETSID_PLACES)
+    if setsid is not None:
+        script = 'cd -- "$1" && shift && exec "$@"'
+        return [setsid, _SHELL, "-c", script, "sh", directory]
     return [sys.executable, "-I", "-S", "-c", _PYTHON_LAUNCHER, directory]
 
 

@@ -13,7 +13,6 @@ import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -222,7 +221,7 @@ class CliProbe:
 
 def _identity(program: str) -> tuple[str, int, int]:
     try:
-        status = Path(program).stat()
+        status = os.stat(program)  # noqa: PTH116 - for every turn: a Path costs four times as much
     except OSError:
         raise ProxyError(Failure.CLI_NOT_FOUND) from None
     return program, status.st_mtime_ns, status.st_size

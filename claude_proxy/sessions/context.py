@@ -105,7 +105,7 @@ class RunContext:
         self.mcp = mcp
         self.probe = probe
         self.sweeper = sweeper
-        self.ignored = IgnoredFiles(self.in_thread)
+        self.ignored = IgnoredFiles(clock, self.in_thread)
         self.files = AgentFiles(self.in_thread, settings.run_directory, settings.environment)
         self.pool = AgentPool(
             clock,

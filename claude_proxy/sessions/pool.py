@@ -8,6 +8,7 @@ Processes that wait are bounded in number and time; the one that was used least 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,7 +136,7 @@ class _Bench:
 def place_of(directory: str) -> tuple[int, int] | None:
     """Which directory on the disk a path leads to; None if to none."""
     try:
-        found = Path(directory).stat()
+        found = os.stat(directory)  # noqa: PTH116 - for every turn: a Path costs four times as much
     except OSError:
         return None
     return found.st_dev, found.st_ino

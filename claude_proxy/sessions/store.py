@@ -2,7 +2,8 @@
 What outlives a process: which sessions there are, whose they are and how to resume them.
 
 The state is one SQLite database, used by one thread of its own, so that a slow disk never holds up
-the reactor.  Every call is queued for that thread and answered by a Deferred, in order.
+the reactor.  Every call is queued for that thread and answered by a Deferred, in order.  What is
+only written down is handed to it a moment later, together with what came meanwhile.
 """
 
 from __future__ import annotations
@@ -57,7 +58,12 @@ class Store:
     """
 
     def __init__(
-        self, path: Path | None, reactor: IReactorFromThreads, *, max_pending: int = 10_000
+        self,
+        path: Path | None,
+        reactor: IReactorFromThreads,
+        *,
+        max_pending: int = 10_000,
+        later: Callable[[Callable[[], None]], object] = lambda work: work(),
     ) -> None:
         """
         Nothing is touched before `open`.
@@ -65,13 +71,17 @@ class Store:
         @param path: the database file; None keeps everything in memory.
         @param reactor: where the answers are delivered.
         @param max_pending: how many calls may wait for the thread.
+        @param later: calls what it is given a moment later: until then the thread, which has to
+            share the interpreter, is not woken for what is only to be written down.
         """
         self._path = path
         self._reactor = reactor
         self._max_pending = max_pending
         self._pool = ThreadPool(minthreads=1, maxthreads=1, name="claude-proxy-store")
         self._pool.threadFactory = _DaemonThread
+        self._later = later
         self._pending = 0
+        self._queue: list[tuple[Callable[[], Any], Deferred[Any]]] = []
         self._stage = _Stage.FRESH
         self._closers: list[Deferred[None]] = []
         # For the store's own thread only:
@@ -128,7 +138,7 @@ class Store:
         says.  Fails if its id belongs to another tenant, or one of its ids to another session.  A
         session that was deleted stays so, also in the methods that follow.
         """
-        return self._ask_with(record.parameters, partial(records.create, record=record))
+        return self._note_with(record.parameters, partial(records.create, record=record))
 
     def begin(self, session_id: str, cli_id: str, now: float) -> Deferred[None]:
         """
@@ -137,7 +147,7 @@ class Store:
         The session has no tip from then on, until `set_tip`.  Fails if there is no such session, or
         `cli_id` belongs to another one.
         """
-        return self._ask(partial(records.begin, name=session_id, cli_id=cli_id, now=now))
+        return self._note(partial(records.begin, name=session_id, cli_id=cli_id, now=now))
 
     def finish_turn(
         self,
@@ -157,7 +167,7 @@ class Store:
         @param parameters: what later turns inherit; they replace all that were known.
         """
         finish = partial(records.finish_turn, name=session_id, now=now, cost=cost, outcome=outcome)
-        return self._ask_with(parameters, finish)
+        return self._note_with(parameters, finish)
 
     def finish_own_turn(self, session_id: str, cost: float) -> Deferred[None]:
         """
@@ -167,7 +177,7 @@ class Store:
 
         @param cost: of this turn, in US dollars; what is no amount counts for nothing.
         """
-        return self._ask(partial(records.finish_own_turn, name=session_id, cost=cost))
+        return self._note(partial(records.finish_own_turn, name=session_id, cost=cost))
 
     def set_tip(self, session_id: str, tip: str, conversation: str | None) -> Deferred[None]:
         """
@@ -178,7 +188,7 @@ class Store:
         @param tip: the history's fingerprint, not empty.
         @param conversation: the client's name for it; None leaves it the one that it has.
         """
-        return self._ask(
+        return self._note(
             partial(records.set_tip, name=session_id, tip=tip, conversation=conversation)
         )
 
@@ -207,7 +217,7 @@ class Store:
 
     def unclaim(self, session_id: str, tip: str) -> Deferred[None]:
         """Give a session its tip back, unless the CLI has taken it up since it was claimed."""
-        return self._ask(partial(records.unclaim, name=session_id, tip=tip))
+        return self._note(partial(records.unclaim, name=session_id, tip=tip))
 
     def delete(self, session_id: str, tenant: str) -> Deferred[SessionRecord | None]:
         """
@@ -247,35 +257,66 @@ class Store:
             closed.callback(result)
 
     def _ask(self, job: Callable[[sqlite3.Connection], _T]) -> Deferred[_T]:
+        answer = self._note(job)
+        self._hand_over()
+        return answer
+
+    def _note(self, job: Callable[[sqlite3.Connection], _T]) -> Deferred[_T]:
+        """Have something done for which nobody waits; it stays in order with all else."""
         if self._stage is not _Stage.OPEN:
             return fail(StoreError("The state store is not open."))
         if self._pending >= self._max_pending:
             return fail(StoreError("The state store is too slow: too many calls wait for it."))
-        return self._submit(lambda: self._patiently(job))
+        answer = self._enqueue(lambda: self._patiently(job))
+        if len(self._queue) == 1:
+            self._later(self._hand_over)
+        return answer
 
-    def _ask_with(
+    def _note_with(
         self, parameters: Mapping[str, object], job: Callable[..., None]
     ) -> Deferred[None]:
         # Encoded at once: the caller may change the mapping while the work waits.
         try:
-            return self._ask(partial(job, parameters=records.encoded(parameters)))
+            return self._note(partial(job, parameters=records.encoded(parameters)))
         except StoreError as error:
             return fail(error)
 
     def _submit(self, job: Callable[[], _T]) -> Deferred[_T]:
+        answer = self._enqueue(job)
+        self._hand_over()
+        return answer
+
+    def _enqueue(self, job: Callable[[], _T]) -> Deferred[_T]:
         # The Deferred that is handed out is not the one of the thread: cancelling it must neither
         # lose count of the work that still waits nor disturb what follows that work.
         answer: Deferred[_T] = Deferred()
-
-        def deliver(result: _T | Failure) -> None:
-            self._pending -= 1
-            answer.callback(result)
-
         self._pending += 1
-        deferToThreadPool(self._reactor, self._pool, self._guarded, job).addBoth(deliver)
+        self._queue.append((job, answer))
         return answer
 
+    def _hand_over(self) -> None:
+        queue, self._queue = self._queue, []
+        if not queue:
+            return
+
+        def deliver(results: list[object]) -> None:
+            for (_, answer), result in zip(queue, results, strict=True):
+                self._pending -= 1
+                answer.callback(result)
+
+        jobs = [job for job, _ in queue]
+        deferToThreadPool(self._reactor, self._pool, self._work_off, jobs).addCallback(deliver)
+
     # From here on: in the store's own thread.
+
+    def _work_off(self, jobs: list[Callable[[], Any]]) -> list[object]:
+        return [self._result_of(job) for job in jobs]
+
+    def _result_of(self, job: Callable[[], Any]) -> object:
+        try:
+            return self._guarded(job)
+        except Exception:  # noqa: BLE001  # it is for who has asked, and the next job is not
+            return Failure()  # type: ignore[no-untyped-call]  # Twisted has no types for it
 
     def _guarded(self, job: Callable[[], _T]) -> _T:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hmac import compare_digest
 
 from claude_proxy.errors import Failure, ProxyError
@@ -131,6 +132,7 @@ def _host_name(host: str) -> str:
     return host.partition(":")[0].rstrip(".").lower()
 
 
+@lru_cache(maxsize=32)
 def _is_local_name(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from types import FrameType
 from typing import TextIO, cast
 
@@ -69,11 +69,23 @@ _CHATTER = tuple(
     )
 )
 
+_PATIENT = frozenset(("request", "turn_start"))
+"""
+Types of records that wait a moment: they are made before the agent has its message, and take as
+long as all else that is done until then.
+"""
+
 _Redact = Callable[[str], str]
+_Later = Callable[[Callable[[], None]], object]
 
 
 def make_observer(
-    file: TextIO, *, production: bool, level: str, secrets: Sequence[str] = ()
+    file: TextIO,
+    *,
+    production: bool,
+    level: str,
+    secrets: Sequence[str] = (),
+    later: _Later | None = None,
 ) -> ILogObserver:
     """
     An observer that writes one record for each event, and flushes it.
@@ -85,9 +97,12 @@ def make_observer(
     @param level: the least serious level that is written: error, warn, info or debug.
     @param secrets: texts that are replaced wherever they appear; those shorter than 8 characters
         are not, they would make the log unreadable.
+    @param later: calls what it is given a moment later; only for the thread that makes the
+        observer.  What tells that a turn starts is then written a moment later, or before the next
+        record; None has it written at once.
     @raise ValueError: there is no such level.
     """
-    return _Observer(file, production, _LEVELS.index(level), _redactor(secrets))
+    return _Observer(file, production, _LEVELS.index(level), _redactor(secrets), later)
 
 
 def mask_key(key: str) -> str:
@@ -345,7 +360,9 @@ def _told(failure: Failure) -> tuple[str, str]:
 
 @implementer(ILogObserver)
 class _Observer:
-    def __init__(self, file: TextIO, production: bool, least: int, redact: _Redact) -> None:
+    def __init__(
+        self, file: TextIO, production: bool, least: int, redact: _Redact, later: _Later | None
+    ) -> None:
         self._file = file
         self._production = production
         self._least = least
@@ -354,8 +371,30 @@ class _Observer:
         self._coloured = not production and file.isatty()
         self._lines: deque[str] = deque(maxlen=_BACKLOG)
         self._writing = Lock()
+        self._later = later
+        self._thread = get_ident()
+        self._put_off: deque[LogEvent] = deque()
 
     def __call__(self, event: LogEvent) -> None:
+        if self._later is not None and self._can_wait(event):
+            self._put_off.append(event)
+            if len(self._put_off) == 1:
+                self._later(self._catch_up)
+            return
+        self._catch_up()
+        self._record(event)
+
+    def _can_wait(self, event: LogEvent) -> bool:
+        kind = event.get("type")
+        return isinstance(kind, str) and kind in _PATIENT and get_ident() == self._thread
+
+    def _catch_up(self) -> None:
+        # Another thread may do the same at this moment: each takes what the other has left.
+        with suppress(IndexError):
+            while True:
+                self._record(self._put_off.popleft())
+
+    def _record(self, event: LogEvent) -> None:
         try:
             level = level_of(event)
             if _LEVELS.index(level) >= self._least:
