@@ -327,7 +327,6 @@ class Attempt:
         self._log_context = process.log_context
         is_spare = process.purpose == "spare"
         self.process_kind = "live" if agent.turns else "spare" if is_spare else "new"
-        self._log_start(agent)
         if can.control and agent.turns == 0:
             process.request(
                 "initialize",
@@ -339,6 +338,7 @@ class Attempt:
         content = prompt.literal(request.blocks, can) if request.literal else request.content
         self._state = _State.RUNNING
         turn.start(process, control.user_message(content, message_id))
+        self._log_start(agent)
         outcome = await turn.done
         self._state = _State.CLEARING
         agent.totals = turn.totals

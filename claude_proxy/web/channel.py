@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from http import HTTPStatus
+from secrets import token_hex
 from typing import Any, cast
-from uuid import uuid4
 
 import msgspec
 from twisted.internet.interfaces import IDelayedCall, ISSLTransport, ITCPTransport
@@ -32,6 +32,7 @@ __all__ = [
     "ProxyChannel",
     "address_of",
     "drop",
+    "new_request_id",
 ]
 
 HEAD_TIME = 30.0
@@ -73,6 +74,7 @@ class ProxyChannel(HTTPChannel):
         self._head_timer: IDelayedCall | None = None
         self._linger_timer: IDelayedCall | None = None
         self._input_dropped = False
+        self._is_secure: bool | None = None
 
     # What happens to the connection.
 
@@ -94,6 +96,12 @@ class ProxyChannel(HTTPChannel):
         super().dataReceived(data)
         if self._head_timer is None and self._head_begun:
             self._head_timer = self.callLater(HEAD_TIME, self._head_is_slow)
+
+    def isSecure(self) -> bool:
+        # Asked twice for each request, and always the same for a connection.
+        if self._is_secure is None:
+            self._is_secure = bool(super().isSecure())
+        return self._is_secure
 
     def timeoutConnection(self) -> None:
         if self._body_begun:
@@ -221,7 +229,7 @@ class ProxyChannel(HTTPChannel):
             # There is a request that can tell it, if it has not told something else already.
             self.requests[-1].refuse(error)
             return
-        request_id = f"req_{uuid4().hex}"
+        request_id = new_request_id()
         _log_closed(self.transport, error.failure.code, request_id)
         self.transport.write(_encode(error, request_id))
         self._networkProducer.unregisterProducer()
@@ -276,7 +284,7 @@ class Newcomer(Protocol):
         if self._answered or self.transport is None:
             return
         self._answered = True
-        request_id = f"req_{uuid4().hex}"
+        request_id = new_request_id()
         error = _too_many_connections()
         _log_closed(self.transport, error.failure.code, request_id)
         self.transport.write(_encode(error, request_id))
@@ -291,6 +299,11 @@ class Newcomer(Protocol):
     def _over(self) -> None:
         self._timer = None
         cast(Any, self.transport).abortConnection()
+
+
+def new_request_id() -> str:
+    """An id for a request that has none."""
+    return f"req_{token_hex(16)}"
 
 
 def address_of(transport: Any) -> str:

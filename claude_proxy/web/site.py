@@ -12,13 +12,13 @@ import errno
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from io import BytesIO
 from tempfile import SpooledTemporaryFile
 from time import monotonic
 from typing import IO, Any, cast
 from urllib.parse import quote, unquote_to_bytes
-from uuid import uuid4
 
 import msgspec
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
@@ -38,6 +38,7 @@ from claude_proxy.web.channel import (
     ProxyChannel,
     address_of,
     drop,
+    new_request_id,
 )
 from claude_proxy.web.connections import OVERFLOW, Connections
 from claude_proxy.web.guesses import Guesses
@@ -258,7 +259,7 @@ class ProxyRequest(Request):
     def _set_headers(self) -> None:
         given = self.head("x-request-id")
         usable = given is not None and _REQUEST_ID.fullmatch(given)
-        self.request_id = given if given and usable else f"req_{uuid4().hex}"
+        self.request_id = given if given and usable else new_request_id()
         self.setHeader(b"X-Request-Id", self.request_id.encode())
         self.setHeader(b"X-Content-Type-Options", b"nosniff")
         if self.gate.origins.allowed:
@@ -417,6 +418,7 @@ class ProxyRequest(Request):
             self._lingered()
 
 
+@lru_cache(maxsize=64)
 def canonical_path(path: bytes) -> str | None:
     """
     The path in the one spelling that counts for gate and router; None if it is no text.
