@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tests.integration.soak_cli import LiveCli, read_transcript
-from tests.integration.storm_cli import GARBAGE, Session, open_session
+from tests.integration import soak_cli
+from tests.integration.soak_cli import LiveCli
+from tests.integration.storm_cli import GARBAGE
 
 __all__ = ["main"]
 
@@ -84,13 +84,4 @@ class LoadCli(LiveCli):
 
 def main() -> None:
     """Be the CLI."""
-    options = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    if "--version" in options:
-        print("2.1.197 (a load)")
-        return
-    folder = os.path.join(os.environ["CLAUDE_CONFIG_DIR"], "sessions")  # noqa: PTH118 - pathlib is slow to import
-    os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - as above
-    source = options.get("--resume", "")
-    if source and not Session(source, folder).exists():
-        read_transcript(source, folder)
-    LoadCli(open_session(options, folder), options, sys.argv[1:]).run()
+    soak_cli.main(LoadCli)

@@ -345,7 +345,7 @@ def _folder() -> str:
     return os.path.join(os.environ["CLAUDE_CONFIG_DIR"], "sessions")  # noqa: PTH118 - as above
 
 
-def read_transcript(name: str, folder: str) -> None:
+def _read_transcript(name: str, folder: str) -> None:
     """Make a session of what somebody else wrote down as the CLI's own transcript, if there is."""
     projects = os.path.join(os.environ["CLAUDE_CONFIG_DIR"], "projects")  # noqa: PTH118 - as above
     for project in os.listdir(projects) if os.path.isdir(projects) else ():  # noqa: PTH208, PTH112 - as above
@@ -359,8 +359,8 @@ def read_transcript(name: str, folder: str) -> None:
                     session.take(_order_in(line["message"]["content"])["token"])
 
 
-def main() -> None:
-    """Be the CLI."""
+def main(kind: type[LiveCli] = LiveCli) -> None:
+    """Be the CLI, of this kind."""
     options = dict(word.partition("=")[::2] for word in sys.argv[1:])
     if "--version" in options:
         print("2.1.197 (a soak)")  # noqa: T201 - it is a program
@@ -369,5 +369,5 @@ def main() -> None:
     os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - as above
     source = options.get("--resume", "")
     if source and not Session(source, folder).exists():
-        read_transcript(source, folder)
-    LiveCli(open_session(options, folder), options, sys.argv[1:]).run()
+        _read_transcript(source, folder)
+    kind(open_session(options, folder), options, sys.argv[1:]).run()
