@@ -5,7 +5,7 @@ A new session's first turn up to its first text, with the real CLI: with a spare
 
 Triples of a turn that finds a spare, one that starts a process, and one start by hand of the same
 process, interleaved.  The model is on the loopback and answers at once.  Before each triple all is
-at rest and a spare waits, so each takes some four seconds: 30 of them two minutes.  Aims: with a
+at rest and a spare waits, so each takes some four seconds: 100 of them seven minutes.  Aims: with a
 spare at most 0.2 times the start by hand, without one at most 15 ms more.
 """
 
@@ -78,7 +78,7 @@ def measure(cli: RealCli, with_spares: Server, without: Server, count: int) -> t
 
 def main() -> None:
     """Measure and print."""
-    count = argument(1, 30)
+    count = argument(1, 100)
     print(machine())
     with (
         real_cli() as cli,

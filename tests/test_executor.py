@@ -696,6 +696,25 @@ def test_who_leaves_while_waiting_leaves_the_queue(world: World) -> None:
     assert world.is_idle()
 
 
+def test_who_leaves_while_waiting_for_a_place_leaves_the_queue(tmp_path: Path) -> None:
+    world = World(tmp_path, turns=1)
+    world.ask()
+    leaving, left = world.ask()
+    _, staying = world.ask()
+    capacity = world.context.capacity
+    assert (capacity.running, capacity.waiting) == (1, 2)
+    leaving.stop(None)
+    assert left.outcome.kind is OutcomeKind.ABANDONED
+    assert (capacity.running, capacity.waiting) == (1, 1)
+    for number in range(2):
+        child = world.children[number]
+        world.finish(child, str(option(child, "--session-id")))
+    assert staying.outcome.kind is OutcomeKind.SUCCESS
+    assert len(world.children) == 2, "who has left never runs"
+    assert (capacity.running, capacity.waiting) == (0, 0)
+    assert world.is_idle()
+
+
 @pytest.mark.parametrize("tools", [(), ("mcp__git__log",)])
 def test_who_leaves_while_the_workspace_is_made_starts_nothing(
     world: World, tools: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,14 @@ def test_a_mode_whose_before_is_not_known_needs_another_process(world: World) ->
         {"json_schema": {"type": "object"}},
         {"mcp_tools": ("mcp__git__log",)},
         {"max_output_tokens": 2000},
+        {"skip_permissions": True},
     ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_what_is_fixed_at_the_start_needs_another_process(
-    world: World, changed: dict[str, Any]
+    tmp_path: Path, changed: dict[str, Any]
 ) -> None:
+    world = World(tmp_path, live=4, IS_SANDBOX="1")
     session, child = begin(world)
     _, observer = world.ask(session_id=session, **changed)
     assert child.stdin_closed
@@ -166,6 +169,15 @@ def test_what_is_fixed_at_the_start_needs_another_process(
     second.says(init(session), result(session))
     assert observer.outcome.kind is OutcomeKind.SUCCESS
     assert world.context.pool.waiting == 1
+
+
+def test_another_cli_needs_another_process(world: World) -> None:
+    session, child = begin(world)
+    world.probe.can = replace(NEW, version="2.1.198")
+    world.ask(session_id=session)
+    assert child.stdin_closed
+    child.exits()
+    assert option(world.children[1], "--resume") == session
 
 
 def test_a_changed_mcp_configuration_needs_another_process(world: World) -> None:
@@ -594,3 +606,20 @@ def test_spares_give_way_first(tmp_path: Path) -> None:
     spare = rest(world)
     world.ask(model="opus")
     assert (kept.stdin_closed, spare.stdin_closed) == (False, True)
+
+
+def test_what_waits_and_what_works_is_never_more_than_turns_may_run(tmp_path: Path) -> None:
+    world = World(tmp_path, live=4, spares=1, turns=2, HOME=str(tmp_path))
+    spares_used = 0
+    for _ in range(5):
+        before = len(world.children)
+        _, observer = world.ask()
+        session = observer.planned[-1]
+        assert session is not None
+        child = next(child for child in world.children if option(child, "--session-id") == session)
+        spares_used += len(world.children) == before
+        assert sum(not child.stdin_closed for child in world.children) <= 2, "at work"
+        child.says(init(session), text(), result(session))
+        world.reactor.pump([1] * 4)
+        assert sum(not child.stdin_closed for child in world.children) <= 2, "at rest"
+    assert spares_used

@@ -37,6 +37,7 @@ class World:
         self.reactor = FakeReactor()
         self.stamps: dict[Setup, object] = {}
         self.busy = False
+        self.room = 100
         self.start_error: Exception | None = None
         self.held_starts: list[Deferred[None]] | None = None
         self.held_stamps: list[Deferred[None]] | None = None
@@ -49,6 +50,7 @@ class World:
             start=self.start,
             gone=self.gone,
             stamp=self.stamp,
+            room=lambda: self.room,
             is_busy=lambda: self.busy,
             make_id=lambda: f"id{len(self.agents)}",
         )

@@ -129,6 +129,7 @@ def make_spares(around: RunContext, is_busy: Callable[[], bool]) -> Spares:
         start=begin,
         gone=around.bury,
         stamp=stamp,
+        room=lambda: around.room - around.pool.waiting,
         is_busy=is_busy,
         make_id=lambda: str(uuid4()),
     )

@@ -116,15 +116,19 @@ class RunContext:
         )
         self._processes_started = 0
 
+    @property
+    def room(self) -> int:
+        """How many processes may wait beside those that run turns."""
+        return self.capacity.turns - self.capacity.running
+
     def make_room(self) -> None:
         """
-        Let processes that wait give way to one that is started for a turn.
+        Let processes that wait give way to one that is started for a turn; spares go first.
 
-        So there are never more of them than turns may run at once; spares go first.
+        So those that run turns and those that wait are never more than turns may run at once.
         """
-        room = self.capacity.turns - self.capacity.running
-        self.pool.make_room(room)
-        self.spares.make_room(max(room - self.pool.waiting, 0))
+        self.pool.make_room(self.room)
+        self.spares.make_room(max(self.room - self.pool.waiting, 0))
 
     def went_on(self, agent: Agent, result: Event) -> None:
         """Take note of a turn that an agent has begun by itself: of its own result."""

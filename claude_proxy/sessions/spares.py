@@ -138,11 +138,13 @@ class Spares:
         start: Callable[[Setup, str], Awaitable[Agent]],
         gone: Callable[[Agent], Awaitable[None]],
         stamp: Callable[[Setup], Awaitable[object]],
+        room: Callable[[], int],
         is_busy: Callable[[], bool],
         make_id: Callable[[], str],
     ) -> None:
         """
         @param count: how many there are at most.
+        @param room: how many there may be beside the processes that run turns or wait for them.
         @param start: starts a process for a new session of this id.
         @param gone: called when one that nobody took is gone: removes what it leaves behind.
         @param stamp: what tells the present state of all that a process reads at its start; None if
@@ -151,7 +153,8 @@ class Spares:
         @param make_id: makes ids of sessions.
         """
         self._clock = clock
-        self._count, self._is_busy, self._make_id = count, is_busy, make_id
+        self._count, self._room = count, room
+        self._is_busy, self._make_id = is_busy, make_id
         self._start, self._gone, self._stamp = start, gone, stamp
         self._uses: deque[Setup] = deque(maxlen=max(_FEWEST_USES, 2 * count))
         self._spares: list[_Spare] = []  # oldest first
@@ -317,7 +320,7 @@ class Spares:
             for setup in dict.fromkeys(reversed(self._uses))
             if setup not in self._failed or now - self._failed[setup] >= RETRY
         ]
-        if len(kept) >= self._count or not setups:
+        if len(kept) >= min(self._count, self._room()) or not setups:
             return None
         return min(setups, key=kept.count)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["children_of", "processes_with_env", "wait_until"]
+__all__ = ["children_of", "is_alive", "processes_with_env", "wait_until"]
 
 _PROC = Path("/proc")
 _TICK_SECONDS = 0.02
@@ -47,6 +47,15 @@ def processes_with_env(marker: str) -> list[int]:
         if marker.encode() in environment and int(folder.name) != os.getpid():
             found.append(int(folder.name))
     return sorted(found)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has reaped does not."""
+    try:
+        stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:

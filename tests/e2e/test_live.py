@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.claude_cli import Claude
 from tests.e2e.daemon import children_of, processes_with_env, wait_until
 from tests.e2e.messages_api import MessagesApi
+from tests.e2e.processes import is_alive
 from tests.e2e.server import Answer, Server, StartServer
 
 TOUCH = '[[tool:Bash {"command": "touch made"}]] [[then]] [[text done]]'
@@ -119,6 +120,18 @@ def test_a_process_that_is_killed_while_it_waits_is_replaced(new_server: Server)
     second = new_server.ask("[[history]]", session_id=first.session_id)
     assert second.told == ["[[text one]]", "[[history]]"]
     new_server.daemon.wait_for_record("turn_end", session_id=first.session_id)
+
+
+def test_what_waits_ends_with_a_server_that_is_killed(
+    claude_new: Claude, start_server: StartServer
+) -> None:
+    server = start_server(claude_new, {"SPARE_PROCESSES": "1"}, name="killed")
+    first = server.ask("[[text one]]")
+    spare = server.daemon.wait_for_record("spare_started")["pid"]
+    waiting = [start_of(server, first)["pid"], spare]
+    assert all(map(is_alive, waiting))
+    server.daemon.kill()
+    wait_until(lambda: not any(map(is_alive, waiting)), "they read the end of their input")
 
 
 def test_an_interrupted_turn_ends_with_its_result(

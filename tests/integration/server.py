@@ -25,6 +25,7 @@ from claude_proxy.sessions.mcp import McpServers
 from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.settings import load_settings
 from claude_proxy.tap import _Builder
+from tests.e2e.processes import is_alive
 from tests.secrecy import SECRETS
 
 __all__ = ["Running", "in_thread", "is_alive", "pause", "serving", "turn", "until"]
@@ -218,15 +219,6 @@ async def in_thread(function: Callable[..., _T], *args: Any) -> _T:
     """Do what blocks, such as reading from a socket."""
     result: _T = await deferToThread(function, *args)
     return result
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has reaped does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def turn(
