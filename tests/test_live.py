@@ -171,6 +171,55 @@ def test_what_is_fixed_at_the_start_needs_another_process(
     assert world.context.pool.waiting == 1
 
 
+def refuse(child: FakeChild, subtype: str, error: str) -> None:
+    """Let a child refuse its last control request of this kind."""
+    sent = [line for line in child.lines if line["type"] == "control_request"]
+    request_id = [line["request_id"] for line in sent if line["request"]["subtype"] == subtype][-1]
+    response = {"subtype": "error", "request_id": request_id, "error": error}
+    child.says({"type": "control_response", "response": response})
+
+
+@pytest.mark.parametrize(
+    ("fields", "subtype"),
+    [
+        ({"permission_mode": "plan"}, "set_permission_mode"),
+        ({"allowed_tools": ("Read",)}, "apply_flag_settings"),
+        ({"effort": "low"}, "apply_flag_settings"),
+        ({"system_prompt": "Be a poet."}, "initialize"),
+    ],
+)
+def test_a_turn_does_not_run_without_a_setting_that_is_refused(
+    world: World, fields: dict[str, Any], subtype: str
+) -> None:
+    session = None
+    if subtype != "initialize":
+        session, _ = begin(world)
+    _, observer = world.ask(session_id=session, **fields)
+    refuse(world.children[-1], subtype, "not " + "x" * 1000)
+    if session is not None:
+        # A new process may take what one that has had other turns did not.
+        assert observer.outcomes == []
+        world.children[0].exits()
+        refuse(world.children[1], subtype, "not " + "x" * 1000)
+    assert observer.failure is Failure.CLI_FAILED
+    error = observer.outcome.error
+    assert error is not None
+    assert error.message == "The Claude CLI refused a setting of this turn: not " + "x" * 496
+    child = world.children[-1]
+    child.says(init(A), text(), result(A))
+    child.exits()
+    assert observer.events == []
+    assert world.context.pool.waiting == 0
+    assert is_quiet(world)
+
+
+def test_a_greeting_without_settings_may_be_refused(world: World) -> None:
+    _, observer = world.ask()
+    refuse(world.children[0], "initialize", "no")
+    world.children[0].says(init(A), text(), result(A))
+    assert observer.outcome.kind is OutcomeKind.SUCCESS
+
+
 def test_another_cli_needs_another_process(world: World) -> None:
     session, child = begin(world)
     world.probe.can = replace(NEW, version="2.1.198")

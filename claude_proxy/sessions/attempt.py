@@ -16,13 +16,13 @@ from uuid import uuid4
 
 from twisted.internet.defer import CancelledError
 
-from claude_proxy.cli import command, control, prompt, transcript
+from claude_proxy.cli import command, control, prompt
 from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Outcome, OutcomeKind, died_unheard
 from claude_proxy.cli.pairing import Pairing
 from claude_proxy.cli.turn import Turn
 from claude_proxy.cli.versions import Capabilities
-from claude_proxy.errors import ProxyError
+from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import ITurnObserver
 from claude_proxy.sessions import agents
 from claude_proxy.sessions.book import Plan
@@ -30,9 +30,13 @@ from claude_proxy.sessions.context import RunContext
 from claude_proxy.sessions.leases import Lease
 from claude_proxy.sessions.policy import skips_permissions, turn_settings
 from claude_proxy.sessions.pool import Agent, Setup, can_be_set, changes, notice
+from claude_proxy.sessions.retelling import retell
 from claude_proxy.sessions.turns import TurnRequest
 
 __all__ = ["Attempt"]
+
+_LONGEST = 500
+"""Characters of what the CLI says of a refusal."""
 
 
 class _State(Enum):
@@ -109,7 +113,7 @@ class Attempt:
             plan = self._plan
         if outcome is None:
             around.book.planned(plan, self._request)
-            plan = await self._tell_history(plan, setup.key.workspace)
+            plan = await self._retell(plan, setup.key.workspace)
             outcome = await self._start_out(plan, setup)
         return outcome
 
@@ -265,37 +269,13 @@ class Attempt:
         )
         return await self._run_turn(agent, plan)
 
-    async def _tell_history(self, plan: Plan, workspace: str) -> Plan:
+    async def _retell(self, plan: Plan, workspace: str) -> Plan:
         """Tell a new session what was said before it."""
-        request = self._request
-        if not request.history or plan.start.kind is not command.StartKind.NEW:
+        if not self._request.history or plan.start.kind is not command.StartKind.NEW:
             return plan
-        if not self._can.transcripts:
-            return self._as_context(plan)
-        # Where the CLI makes ids of its own, this is the one that it resumes.
-        session_id = plan.start.session_id or plan.lease_key
-        try:
-            self._transcript = await self._context.files.write_transcript(
-                request.history, session_id, Path(workspace), self._can
-            )
-        except OSError as error:
-            self._log.warn(
-                "a transcript cannot be written: {error}; the conversation so far is told as one "
-                "message",
-                type="transcript_failed",
-                error=error.strerror,
-                request_id=request.request_id,
-            )
-            return self._as_context(plan)
-        start = command.SessionStart(command.StartKind.RESUME, session_id)
-        return replace(plan, start=start, record_id=plan.session_id)
-
-    def _as_context(self, plan: Plan) -> Plan:
-        """Tell what was said before at the head of the new message."""
-        request = self._request
-        told = transcript.as_context([(said.role, said.content) for said in request.history])
-        self._request = replace(request, content=[*told, *request.blocks])
-        return plan
+        told = await retell(self._context, self._request, plan, Path(workspace), self._can)
+        self._request, self._transcript = told.request, told.transcript
+        return told.plan
 
     # The turn on it.
 
@@ -328,13 +308,10 @@ class Attempt:
         is_spare = process.purpose == "spare"
         self.process_kind = "live" if agent.turns else "spare" if is_spare else "new"
         if can.control and agent.turns == 0:
-            process.request(
-                "initialize",
-                command.initialize_fields(settings, can),
-                lambda answer: around.learn(can.version, answer),
-            )
+            fields = command.initialize_fields(settings, can)
+            process.request("initialize", fields, partial(self._greeted, turn, bool(fields)))
         for subtype, fields in changes(agent, settings, can):
-            process.request(subtype, fields)
+            process.request(subtype, fields, partial(self._is_set, turn))
         content = prompt.literal(request.blocks, can) if request.literal else request.content
         self._state = _State.RUNNING
         turn.start(process, control.user_message(content, message_id))
@@ -349,6 +326,17 @@ class Attempt:
         if keeps:
             self._keep_or_end(agent, outcome)
         return outcome
+
+    def _greeted(self, turn: Turn, has_settings: bool, answer: control.ControlAnswer) -> None:
+        self._context.learn(self._can.version, answer)
+        if has_settings:
+            self._is_set(turn, answer)
+
+    def _is_set(self, turn: Turn, answer: control.ControlAnswer) -> None:
+        """A turn does not run without what it asked for: it might do what it was not to do."""
+        if answer.error is not None:
+            message = f"The Claude CLI refused a setting of this turn: {answer.error[:_LONGEST]}"
+            turn.stop(ProxyError(Failure.CLI_FAILED, message))
 
     def _may_have_moved_on(self) -> None:
         """The session may have heard the message; nobody may find it by its history any more."""
