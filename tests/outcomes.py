@@ -20,6 +20,8 @@ from typing import Any
 import httpx
 import openai
 
+from tests.e2e.chat_frames import check_stream
+
 __all__ = ["FORMS", "Form", "check", "documented"]
 
 _PAGE = Path(__file__).resolve().parent.parent / "docs" / "outcomes.md"
@@ -152,6 +154,7 @@ def _hear(form: Form, answer: httpx.Response) -> _Told:
     assert rest == ""
     said = [frame.removeprefix("data: ") for frame in frames]
     if form.is_chat:
+        check_stream(answer.text)
         return _chunks(said)
     events = [json.loads(event) for event in said]
     assert [event["type"] for event in events].count("result") == 1

@@ -11,6 +11,7 @@ from twisted.internet.protocol import Factory
 from twisted.internet.testing import MemoryReactor
 
 from claude_proxy import tap
+from claude_proxy.dialects import barejson, completion
 from claude_proxy.settings import SETTINGS
 from claude_proxy.web import bodies, channel, connections, guesses, site
 
@@ -45,6 +46,9 @@ VALUES = {
     "[Wrong keys]": f"{guesses.FORGIVEN}, and {60 / guesses._FORGET:g} more each minute",
     "Addresses whose": f"{guesses.ADDRESSES}",
     "Time for which what follows": f"{channel.LINGER:g} s",
+    "An answer in the OpenAI dialect that is not": f"{completion.LONGEST_WHOLE} characters",
+    "Text of the model that is to be": f"{barejson.LONGEST} characters",
+    "A line of the CLI": f"{tap._LINE_LIMIT} bytes, or twice `MAX_BODY_BYTES` if that is more",
 }
 
 

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.e2e.chat_frames import Tap
 from tests.e2e.claude_cli import Claude
 from tests.e2e.daemon import Daemon
 from tests.e2e.messages_api import MessagesApi, Recorded
 
-__all__ = ["Client", "Talk", "Talks", "heard", "sessions_of", "ten_turns"]
+__all__ = ["WAYS", "Client", "Talk", "Talks", "heard", "sessions_of", "ten_turns"]
+
+WAYS = ("restart", "one daemon")
+"""How ten turns are held, see L{ten_turns}."""
 
 TURNS = 10
 
@@ -81,7 +85,7 @@ class Talk:
 @dataclass(frozen=True)
 class Talks:
     """
-    Two conversations, and the server that they ended with.
+    Two conversations, and the way to the server that they ended with.
 
     @ivar name: tells the texts from those of other clients.
     @ivar long: ten turns.
@@ -98,28 +102,53 @@ class Talks:
 @contextmanager
 def ten_turns(
     client: Client, name: str, folder: Path, claude: Claude, api: MessagesApi
-) -> Iterator[Talks]:
-    """Hold the two conversations, streamed and whole, with a new daemon after half of the turns."""
-    long, short = Talk(client, f"{name} long"), Talk(client, f"{name} short")
+) -> Iterator[dict[str, Talks]]:
+    """
+    Hold two such pairs of conversations, streamed and whole: one with a new daemon after half of
+    the turns (C{restart}), the other with that daemon alone (C{one daemon}).
 
-    def turn(url: str, number: int) -> None:
-        text = f"{name}, turn {number} {_SCRIPTS.get(number, '')}".strip()
-        answer = long.say(url, text, streamed=number % 2 == 1)
+    All that is answered is checked strictly.
+    """
+    with _serving(folder, claude, api) as url:
+        restarted = _Turns(client, f"{name}, restart")
+        for number in range(1, TURNS // 2 + 1):
+            restarted.take(url, number)
+    with _serving(folder, claude, api) as url:
+        for number in range(TURNS // 2 + 1, TURNS + 1):
+            restarted.take(url, number)
+        steady = _Turns(client, f"{name}, one daemon")
+        for number in range(1, TURNS + 1):
+            steady.take(url, number)
+        yield {"restart": restarted.talks(url), "one daemon": steady.talks(url)}
+
+
+@contextmanager
+def _serving(folder: Path, claude: Claude, api: MessagesApi) -> Iterator[str]:
+    with Daemon(folder, claude, api.url) as daemon, Tap(daemon.url) as tap:
+        yield tap.url
+
+
+class _Turns:
+    """Two conversations that are held."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self._name = name
+        self._long, self._short = Talk(client, f"{name} long"), Talk(client, f"{name} short")
+
+    def take(self, url: str, number: int) -> None:
+        """Take the next turn of the long one, and of the short one where it is its time."""
+        text = f"{self._name}, turn {number} {_SCRIPTS.get(number, '')}".strip()
+        answer = self._long.say(url, text, streamed=number % 2 == 1)
         assert answer == _ANSWERS.get(number, f"You said: {text}")
         if number == 3:
-            short.say(url, long.shown[0][1])
-            assert short.shown == long.shown[:2]
+            self._short.say(url, self._long.shown[0][1])
+            assert self._short.shown == self._long.shown[:2]
         elif number > 3 and number % 4 == 0:
-            short.say(url, f"{name}, in between {number}", streamed=False)
+            self._short.say(url, f"{self._name}, in between {number}", streamed=False)
 
-    half = TURNS // 2
-    with Daemon(folder, claude, api.url) as daemon:
-        for number in range(1, half + 1):
-            turn(daemon.url, number)
-    with Daemon(folder, claude, api.url) as daemon:
-        for number in range(half + 1, TURNS + 1):
-            turn(daemon.url, number)
-        yield Talks(name, long, short, daemon.url)
+    def talks(self, url: str) -> Talks:
+        """Both, as they are now."""
+        return Talks(self._name, self._long, self._short, url)
 
 
 def heard(request: Recorded) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.chat_frames import Tap
 from tests.e2e.claude_cli import Claude
 from tests.e2e.daemon import Daemon
 from tests.e2e.messages_api import MessagesApi
@@ -57,8 +58,8 @@ def client(
     folder = tmp_path_factory.mktemp("daemon")
     # A CLI that repeats nothing by itself.
     env = {"CLAUDE_CODE_MAX_RETRIES": "0"}
-    with Daemon(folder, claude_new, messages_api.url, env=env) as daemon:
-        yield Client(program, daemon.url)
+    with Daemon(folder, claude_new, messages_api.url, env=env) as daemon, Tap(daemon.url) as tap:
+        yield Client(program, tap.url)
 
 
 def of_type(answer: dict[str, Any], kind: str) -> list[dict[str, Any]]:

@@ -65,6 +65,15 @@ def test_a_large_answer_comes_without_a_stream_too(server: Server) -> None:
     assert answer.text == big_text(2 * MEGA)
 
 
+def test_a_large_answer_to_a_chat_comes_without_a_stream_too(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": f"[[big {2 * MEGA}]]"}]}
+    with server.daemon.client() as client:
+        completion = client.post("/v1/chat/completions", json=body).json()
+    [choice] = completion["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == big_text(2 * MEGA)
+
+
 def test_a_client_that_reads_nothing_is_let_go(claude: Claude, start_server: StartServer) -> None:
     server = start_server(claude, {"CLIENT_STALL_TIMEOUT_MS": "500"})
     connection = server.send(f"[[big {20 * MEGA}]]")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.chat_frames import Tap
 from tests.e2e.claude_cli import Claude
 from tests.e2e.daemon import Daemon
 from tests.e2e.messages_api import MessagesApi
@@ -57,8 +58,11 @@ def client(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Client]:
     folder = tmp_path_factory.mktemp("daemon")
-    with Daemon(folder, claude_new, messages_api.url, env=SETTINGS) as daemon:
-        yield Client(program, daemon.url)
+    with (
+        Daemon(folder, claude_new, messages_api.url, env=SETTINGS) as daemon,
+        Tap(daemon.url) as tap,
+    ):
+        yield Client(program, tap.url)
 
 
 def content_of(chunks: list[dict[str, Any]]) -> str:

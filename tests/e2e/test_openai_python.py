@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ SETTINGS = {
     "CLAUDE_CODE_MAX_RETRIES": "0",
 }
 TOOL = '[[tool:Bash {"command": "ls"}]] [[then]]'
+SILENCE = "[[delay 23s]] [[text At last.]]"
 BREAKS = f"[[text So far.]] {TOOL}"
 
 PNG = (
@@ -85,6 +87,26 @@ def every_frame_is_right(served: Served) -> Iterator[None]:
     """Check all that was sent to a test."""
     yield
     served.tap.check()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silence(served: Served) -> Future[list[Any]]:
+    """
+    The chunks of a stream in which nothing is said for long; other tests run meanwhile.
+
+    That is longer than the head is held back and a sign of life is due, together.
+    """
+    chunks: Future[list[Any]] = Future()
+
+    def collect() -> None:
+        try:
+            with served.client() as client:
+                chunks.set_result(list(create(client, SILENCE, stream=True)))
+        except openai.OpenAIError as error:
+            chunks.set_exception(error)
+
+    threading.Thread(target=collect, daemon=True).start()
+    return chunks
 
 
 @pytest.fixture(scope="module")
@@ -552,11 +574,14 @@ def test_a_session_that_is_busy_is_a_conflict_until_it_is_not(
 
 
 def test_a_client_that_waits_no_longer_stops_the_turn(
-    served: Served, messages_api: MessagesApi
+    served: Served, client: OpenAI, messages_api: MessagesApi
 ) -> None:
     name = str(uuid4())
-    with served.client(timeout=1.5) as client, pytest.raises(openai.APITimeoutError):
-        create(client, f"{name} [[hang]]")
+    # Its process is there already, so that the model is asked within the time on any machine.
+    session = create(client, "[[text hello]]").claude["session_id"]
+    same = {"extra_body": {"claude": {"session-id": session}}}
+    with served.client(timeout=1.5) as hasty, pytest.raises(openai.APITimeoutError):
+        create(hasty, f"{name} [[hang]]", **same)
     messages_api.wait_for(lambda request: request.aborted, text=name)
 
 
@@ -595,3 +620,12 @@ def test_a_task_that_is_cancelled_stops_the_turn(
 
     asyncio.run(cancel())
     messages_api.wait_for(lambda request: request.aborted, text=name)
+
+
+def test_a_long_silence_is_bridged(silence: Future[list[Any]]) -> None:
+    chunks = silence.result(60)
+    first = next(number for number, chunk in enumerate(chunks) if text_of([chunk]))
+    bridge = [chunk.choices[0].delta.model_dump(exclude_unset=True) for chunk in chunks[:first]]
+    assert bridge == [{"role": "assistant", "content": ""}, {}]
+    assert text_of(chunks) == "At last."
+    assert chunks[-1].choices[0].finish_reason == "stop"

@@ -18,7 +18,7 @@ from tests.e2e.claude_cli import Claude
 from tests.e2e.messages_api import MessagesApi, Recorded
 from tests.e2e.python_clients import PYTHON_CLIENTS, only_loopback
 from tests.e2e.server import Server, StartServer
-from tests.e2e.talks import Talks, heard, sessions_of, ten_turns
+from tests.e2e.talks import WAYS, Talks, heard, sessions_of, ten_turns
 
 PNG = base64.b64encode(
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x08\2\0\0\0\x90wS\xde"
@@ -34,13 +34,13 @@ NAMES = [
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def talks(
+def each_way(
     request: pytest.FixtureRequest,
     claude_new: Claude,
     messages_api: MessagesApi,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Talks]:
-    """Ten turns and a restart with each client."""
+) -> Iterator[dict[str, Talks]]:
+    """Ten turns with each client."""
     name = str(request.param)
     client = PYTHON_CLIENTS[name]()
     with (
@@ -48,6 +48,12 @@ def talks(
         ten_turns(client, name, tmp_path_factory.mktemp(name), claude_new, messages_api) as talks,
     ):
         yield talks
+
+
+@pytest.fixture(params=WAYS)
+def talks(request: pytest.FixtureRequest, each_way: dict[str, Talks]) -> Talks:
+    """Ten turns with each client, with a restart in the middle and without."""
+    return each_way[request.param]
 
 
 class Chat:
@@ -108,7 +114,7 @@ def asked(api: MessagesApi, text: str) -> Recorded:
 # Ten turns.
 
 
-def test_ten_turns_and_a_restart_are_one_session(talks: Talks, messages_api: MessagesApi) -> None:
+def test_ten_turns_are_one_session(talks: Talks, messages_api: MessagesApi) -> None:
     assert len(talks.long.sessions) == 10
     assert len(sessions_of(talks.long)) == 1
     request = asked(messages_api, talks.long.shown[-2][1])

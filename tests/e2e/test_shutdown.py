@@ -24,6 +24,7 @@ from httpx_sse import aconnect_sse
 from openai import AsyncOpenAI
 
 from benchmarks import load_cli
+from tests.e2e.chat_frames import Tap
 from tests.e2e.processes import processes_with_env
 from tests.integration.ship import Ship, cleared, program
 
@@ -53,12 +54,15 @@ class Clients:
     """
     Those who ask, and how it ended for them.
 
+    @ivar url: for the native dialect.
+    @ivar chat_url: for OpenAI's.
     @ivar begun: how many have read a part of their answer.
     @ivar ends: the kind of client, and what it was told; so many times.
     @ivar told: when the last of them was.
     """
 
     url: str
+    chat_url: str
     begun: int = 0
     ends: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     told: float = 0.0
@@ -73,7 +77,7 @@ class Clients:
         ]
         prompts = (_prompt(number) for number in range(sum(EACH)))
         self._openai = AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60
+            base_url=f"{self.chat_url}/v1", api_key="none", max_retries=0, timeout=60
         )
         async with (
             self._openai,
@@ -168,8 +172,12 @@ def _all_said(ship: Ship) -> bool:
 
 
 def test_fifty_clients_are_told_the_truth_and_nothing_is_left(tmp_path: Path) -> None:
-    with cleared(tmp_path), Ship(tmp_path, program(load_cli.__name__), SETTINGS, MCP) as ship:
-        clients = Clients(ship.url)
+    with (
+        cleared(tmp_path),
+        Ship(tmp_path, program(load_cli.__name__), SETTINGS, MCP) as ship,
+        Tap(ship.url) as tap,
+    ):
+        clients = Clients(ship.url, tap.url)
         stopped = asyncio.run(_stop_when_all_run(ship, clients))
         assert clients.ends == {
             ("native stream", "result", "error", True, SENTENCE, "shutting_down"): EACH[0],
@@ -177,6 +185,8 @@ def test_fifty_clients_are_told_the_truth_and_nothing_is_left(tmp_path: Path) ->
             ("chat stream", "APIError", "shutting_down", SENTENCE): EACH[2],
             ("chat whole", "InternalServerError", 503, "5", "shutting_down"): EACH[3],
         }
+        tap.check()
+        assert tap.checked == EACH[2] + EACH[3]
         # Nobody waits for a process to end, and no turn was cut off before the time was up.
         assert DRAIN <= clients.told - stopped < DRAIN + MARGIN
         assert ship.wait(30) == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""Answers to a JSON schema, which no dialect asks for yet: the executor with the real CLIs."""
+"""Answers to a JSON schema: the executor with the real CLIs, below all dialects."""
 
 from __future__ import annotations
 

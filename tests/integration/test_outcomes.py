@@ -45,10 +45,17 @@ def hang():
     append("hanging", str(os.getpid()))
     leave()
 
+def obey():
+    append("hanging", str(os.getpid()))
+    for text in sys.stdin:
+        if json.loads(text).get("request", {}).get("subtype") == "interrupt":
+            result(subtype="error_during_execution", is_error=True, errors=["That is why."])
+            leave()
+
 prompt = message()
 if not isinstance(prompt, str):
     prompt = prompt[0]["text"]
-steps = {"init": init, "say": say, "complain": complain, "die": die, "hang": hang,
+steps = {"init": init, "say": say, "complain": complain, "die": die, "hang": hang, "obey": obey,
          "sleep": time.sleep, "exit": os._exit}
 for word, *details in json.loads(prompt):
     if word == "result":
@@ -63,6 +70,7 @@ Step = list[Any]
 _INIT: Step = ["init"]
 _SAY: Step = ["say", "So far."]
 _HANG: Step = ["hang"]
+_OBEY: Step = ["obey"]
 
 
 def _result(subtype: str, *, is_error: bool = True) -> Step:
@@ -156,6 +164,17 @@ BUSY = {
     "Too many requests wait for their sessions": {"QUEUE_LENGTH": "0"},
 }
 
+_INTERRUPT, _DELETE = ("POST", "/interrupt"), ("DELETE", "")
+
+STOPPED = {
+    "The turn is interrupted, nothing was said": (_INTERRUPT, Case([_INIT, _OBEY])),
+    "The turn is interrupted in mid-answer": (_INTERRUPT, Case([_INIT, _SAY, _OBEY], "So far.")),
+    "The session is deleted before the CLI's first event": (_DELETE, Case([_HANG])),
+    "The session is deleted, nothing was said": (_DELETE, Case([_INIT, _HANG])),
+    "The session is deleted in mid-answer": (_DELETE, Case([_INIT, _SAY, _HANG], "So far.")),
+}
+"""What somebody else asks of the session while the turn runs."""
+
 FAULT = "A fault of this server"
 LEAVES = "The client leaves"
 
@@ -181,7 +200,7 @@ async def _check_all(row: str, turns: Mapping[Form, Any], said: str = "") -> Non
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(_ROWS) == sorted([*CASES, *BUSY, FAULT, LEAVES])
+    assert sorted(_ROWS) == sorted([*CASES, *BUSY, *STOPPED, FAULT, LEAVES])
 
 
 @in_reactor
@@ -214,6 +233,29 @@ async def test_who_waits_for_a_session_in_vain_is_told_so(tmp_path: Path, row: s
         turns = {form: _ask(server, form, [], session, {"claude": session}) for form in FORMS}
         await _check_all(row, turns)
     await first
+
+
+@in_reactor
+@pytest.mark.parametrize("row", STOPPED)
+async def test_who_has_a_turn_that_somebody_stops_is_told_so(tmp_path: Path, row: str) -> None:
+    (method, action), case = STOPPED[row]
+
+    def stop_all(url: str) -> None:
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            sessions = [session["id"] for session in client.get("/api/sessions").json()["sessions"]]
+            assert len(sessions) == len(FORMS)
+            for session in sessions:
+                told = client.request(method, f"/api/sessions/{session}{action}")
+                assert told.status_code == 200, told.text
+
+    with quick_ladder(0.05):
+        async with serving(tmp_path, _CLI) as server:
+            turns = {form: _ask(server, form, case.steps) for form in FORMS}
+            await until(lambda: server.told("hanging").count("\n") == 3, "all turns hang")
+            await pause(0.1)  # what they have said before is read meanwhile
+            await in_thread(stop_all, f"http://127.0.0.1:{server.port}")
+            await _check_all(row, turns, case.said)
+            assert server.is_idle
 
 
 @in_reactor
