@@ -105,6 +105,7 @@ class Outcome:
     @ivar result: the CLI's own ``result`` event, if there was one.
     @ivar session_id: the session's id, if it is known.
     @ivar totals: of the result: tokens by kind, cost in USD, number of model turns.
+    @ivar interrupted: somebody asked for this end, so that nobody wants it tried again.
     """
 
     kind: OutcomeKind
@@ -113,6 +114,7 @@ class Outcome:
     session_id: str | None = None
     figures: Figures = field(default_factory=Figures)
     totals: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def code(self) -> str:

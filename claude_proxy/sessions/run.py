@@ -53,7 +53,7 @@ class Run:
         self._work: Deferred[None] = Deferred()
         self._attempt: Attempt | None = None
         self._stop_reason: ProxyError | None = None
-        self._reported = self._stopped = False
+        self._reported = self._stopped = self._interrupted = False
         self._asked = request
         self._lease_key: str | None = None
         self._patience = context.waiting_room.patience
@@ -87,6 +87,7 @@ class Run:
         """
         if self._attempt is None or not self._attempt.interrupt():
             return succeed(False)
+        self._interrupted = True
         self._log.info(
             "the turn is interrupted on request",
             type="turn_interrupted",
@@ -280,7 +281,7 @@ class Run:
             first_token_ms=_milliseconds(figures.first_token),
             **outcome.totals,
         )
-        self._observer.turn_ended(outcome)
+        self._observer.turn_ended(replace(outcome, interrupted=self._interrupted))
 
 
 def _milliseconds(seconds: float | None) -> float | None:

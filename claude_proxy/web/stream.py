@@ -92,11 +92,12 @@ class _Response:
         if tip is not None and self._turn is not None:
             self._turn.remember(tip)
 
-    def _refuse(self, error: ProxyError) -> None:
+    def _refuse(self, error: ProxyError, *, interrupted: bool = False) -> None:
         """The head is unsent: the failure gets its true status."""
         self._set_session_header(self._session_id)
-        if self._agent_acted or error.failure in _TIMEOUTS:
-            # The SDKs would repeat by themselves what took an hour, or what changed files.
+        if interrupted or self._agent_acted or error.failure in _TIMEOUTS:
+            # The SDKs would repeat by themselves what took an hour, changed files, or was ended on
+            # request.
             self.request.setHeader(b"X-Should-Retry", b"false")
         self.outlet.write(prepare_error(self.request, error))
         self.outlet.finish()
@@ -180,7 +181,7 @@ class EventStream(_Response):
         except ProxyError as error:
             if not self._head_sent:
                 self._stop_timers()
-                self._refuse(error)
+                self._refuse(error, interrupted=outcome.interrupted)
                 return
             frames = self._framer.failure(error, session_id)
         else:
@@ -253,7 +254,7 @@ class WholeAnswer(_Response):
         try:
             body = self._answer.body(outcome, session_id)
         except ProxyError as error:
-            self._refuse(error)
+            self._refuse(error, interrupted=outcome.interrupted)
             return
         self._remember()
         self._set_session_header(session_id)
