@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,12 @@ class Served(Daemon):
         _, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (min(limit, hard), hard))
 
+    def state_of(self, session: str) -> str:
+        """What the database says of a session."""
+        with closing(sqlite3.connect(self.state / "state.sqlite3")) as database:
+            query = "SELECT state FROM sessions WHERE id = ?"
+            return "".join(state for (state,) in database.execute(query, [session]))
+
     @contextmanager
     def short_files(self, limit: int) -> Iterator[None]:
         """Let it, and what it starts meanwhile, write no file beyond so many bytes."""
@@ -244,6 +250,8 @@ def test_after_a_crash_the_next_start_sweeps_what_is_left_and_sessions_go_on(
         wait_until(lambda: client.last != {}, "the turn runs")
         interrupted = client.last["session_id"]
         wait_until(lambda: len(daemon.stubborn) == 3, "its family runs")
+        # Written down a moment after the client has heard of it.
+        wait_until(lambda: daemon.state_of(interrupted) == "begun", "it is written down")
         [secret] = (daemon.state / "run").iterdir()
         daemon.kill()
         left = daemon.stubborn
