@@ -511,8 +511,8 @@ def test_a_database_that_cannot_be_written_for_a_while_breaks_no_turn(tmp_path: 
 
 def test_a_database_that_is_damaged_while_it_serves_breaks_no_turn(tmp_path: Path) -> None:
     path = tmp_path / "state" / "state.sqlite3"
-    with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1"):
-        pass
+    with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1") as daemon:
+        daemon.answers()  # one that is told to stop as it starts may not have made it yet
     fill(path)
     with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1") as daemon:
         earlier = daemon.answers()
