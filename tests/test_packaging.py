@@ -121,12 +121,41 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> _Envir
     return _Environment(tmp_path_factory.mktemp("environment"), requirements)
 
 
-def _check_that_it_serves(environment: _Environment, cwd: Path, pythonpath: str = "") -> None:
-    """The plugin is found, and everything that its service needs can be imported."""
-    extra = {"PYTHONPATH": pythonpath} if pythonpath else {}
-    said = environment.twistd("claude-proxy", "--help", cwd=cwd, extra=extra)
-    assert "twistd [options] claude-proxy [options]" in said
-    assert "--total-timeout-ms=" in said
+def _check_that_it_serves(
+    environment: _Environment, folder: Path, *, checkout: Path | None = None
+) -> None:
+    """
+    It starts in the background, answers, and is stopped without a trace.
+
+    @param folder: for all that it writes.
+    @param checkout: where it is run from, if it is not installed.
+    """
+    pidfile, log, listen = folder / "proxy.pid", folder / "proxy.log", folder / "socket"
+    settings = {
+        **dict.fromkeys(("API_KEY", "API_KEYS", "API_KEYS_FILE"), ""),
+        "LISTEN": f"unix:{listen}",
+        "STATE_PATH": str(folder / "state"),
+        "WORKSPACE_BASE_PATH": str(folder / "base"),
+        "CLAUDE_PROXY_DEMO_DELAY_MS": "0",
+        **({"PYTHONPATH": "."} if checkout else {}),
+    }
+    words = [f"--pidfile={pidfile}", f"--logfile={log}", "claude-proxy", "--demo"]
+    # Returns when the server listens and has left for the background.
+    environment.twistd(*words, cwd=checkout or folder, extra=settings)
+    pid = int(pidfile.read_text())
+    try:
+        transport = httpx.HTTPTransport(uds=str(listen))
+        with httpx.Client(base_url="http://localhost", transport=transport) as client:
+            assert client.get("/health").status_code == 200
+            answer = client.post("/api/claude", json={"prompt": "hi", "stream": False})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["subtype"] == "success"
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: processes_with_env(str(folder)) == [], "it has ended")
+    assert "server_stopped" in log.read_text()
+    assert not pidfile.exists()
+    assert not listen.exists()
 
 
 def test_the_wheel_holds_the_program_and_nothing_else(wheel: Path) -> None:
@@ -198,44 +227,13 @@ def test_an_editable_install_serves(
         _check_that_it_serves(environment, tmp_path)
 
 
-def test_a_plain_checkout_serves(environment: _Environment, checkout: Path) -> None:
-    _check_that_it_serves(environment, checkout, pythonpath=".")
+def test_a_plain_checkout_serves(environment: _Environment, checkout: Path, tmp_path: Path) -> None:
+    _check_that_it_serves(environment, tmp_path, checkout=checkout)
 
 
 def test_the_requirements_are_all_that_it_needs(environment: _Environment, wheel: Path) -> None:
     with environment.installed("--no-deps", str(wheel)):
         environment.pip("check")
-
-
-def test_the_wheel_runs_in_the_background_and_is_stopped(
-    environment: _Environment, wheel: Path, tmp_path: Path
-) -> None:
-    pidfile, log = tmp_path / "proxy.pid", tmp_path / "proxy.log"
-    listen = tmp_path / "socket"
-    settings = {
-        **dict.fromkeys(("API_KEY", "API_KEYS", "API_KEYS_FILE"), ""),
-        "LISTEN": f"unix:{listen}",
-        "STATE_PATH": str(tmp_path / "state"),
-        "WORKSPACE_BASE_PATH": str(tmp_path / "base"),
-        "CLAUDE_PROXY_DEMO_DELAY_MS": "0",
-    }
-    places = [f"--pidfile={pidfile}", f"--logfile={log}"]
-    with environment.installed("--no-deps", str(wheel)):
-        # Returns when the server listens and has left for the background.
-        environment.twistd(*places, "claude-proxy", "--demo", cwd=tmp_path, extra=settings)
-        pid = int(pidfile.read_text())
-        try:
-            transport = httpx.HTTPTransport(uds=str(listen))
-            with httpx.Client(base_url="http://localhost", transport=transport) as client:
-                assert client.get("/health").status_code == 200
-                answer = client.post("/api/claude", json={"prompt": "hi", "stream": False})
-            assert answer.json()["subtype"] == "success"
-        finally:
-            os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: not pidfile.exists(), "it has ended")
-    assert "server_stopped" in log.read_text()
-    assert not listen.exists()
-    assert processes_with_env(str(tmp_path)) == []
 
 
 def test_uninstalling_leaves_nothing(

@@ -22,7 +22,7 @@ from tests.integration.bad_days import (
     nothing_left,
     quick_ladder,
 )
-from tests.integration.server import Running, is_alive, reactor, serving, until
+from tests.integration.server import Running, is_alive, reactor, until
 from tests.support import Answer, in_reactor
 
 MIB = 1024 * 1024
@@ -139,18 +139,13 @@ async def test_a_program_that_cannot_be_started_is_a_503_that_says_why(
     if unusable.content is not None:
         program.write_text(unusable.content)
         program.chmod(unusable.mode)
-    async with serving(tmp_path, "", CLAUDE_CLI=str(program)) as server:
+    async with misbehaving(tmp_path, CLAUDE_CLI=str(program)) as server, nothing_left(server):
         for stream in (False, True):
-            answer = await ask_plainly(server, stream=stream)
+            answer = await ask(server, "hello", stream=stream)
             assert (answer.status, answer.error["code"]) == (503, "cli_not_found")
             message = str(answer.error["message"])
             assert message.startswith(unusable.begins)
             assert message.endswith(unusable.ends)
-        await until(lambda: server.is_idle, "nothing runs")
-
-
-async def ask_plainly(server: Running, *, stream: bool) -> Answer:
-    return await ask(server, "hello", stream=stream, mcp_allowed_tools=[])
 
 
 @in_reactor

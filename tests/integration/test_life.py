@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,20 @@ class Served(Daemon):
         _, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (min(limit, hard), hard))
 
+    def state_of(self, session: str) -> str:
+        """What the database says of a session."""
+        with closing(sqlite3.connect(self.state / "state.sqlite3")) as database:
+            query = "SELECT state FROM sessions WHERE id = ?"
+            return "".join(state for (state,) in database.execute(query, [session]))
+
+    @contextmanager
+    def short_files(self, limit: int) -> Iterator[None]:
+        """Let it, and what it starts meanwhile, write no file beyond so many bytes."""
+        before = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (limit, before[1]))
+        yield
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, before)
+
     def cpu_seconds(self) -> float:
         """What it has computed so far."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
@@ -236,6 +250,8 @@ def test_after_a_crash_the_next_start_sweeps_what_is_left_and_sessions_go_on(
         wait_until(lambda: client.last != {}, "the turn runs")
         interrupted = client.last["session_id"]
         wait_until(lambda: len(daemon.stubborn) == 3, "its family runs")
+        # Written down a moment after the client has heard of it.
+        wait_until(lambda: daemon.state_of(interrupted) == "begun", "it is written down")
         [secret] = (daemon.state / "run").iterdir()
         daemon.kill()
         left = daemon.stubborn
@@ -364,6 +380,17 @@ def test_what_cannot_be_swept_for_want_of_descriptors_is_swept_later(
 # The database.
 
 
+def check_unknown(response: httpx.Response) -> None:
+    """The answer of a server that several keys share, to one who names a session of nobody."""
+    assert response.status_code == 404
+    assert response.json()["error"] == {
+        "message": "There is no such session. Leave the session id out to start a new one.",
+        "type": "invalid_request_error",
+        "param": "session-id",
+        "code": "session_not_found",
+    }
+
+
 def lock(path: Path) -> Callable[[], None]:
     """Take the database for somebody else; what gives it back."""
     other = sqlite3.connect(path, isolation_level=None)
@@ -408,7 +435,7 @@ def test_without_its_database_it_says_so_once_and_serves(
         session = daemon.answers(workspace="project")
         assert daemon.answers(session_id=session) == session
         assert daemon.starts[-1] == (session, True, daemon.base / "workspace" / "project")
-        assert daemon.ask(session_id=earlier).json()["error"]["code"] == "session_not_found"
+        check_unknown(daemon.ask(session_id=earlier))
         assert len(daemon.records("store_failed")) == 1
     undo()
     if harm is lock:  # nothing happened to it
@@ -456,10 +483,36 @@ def test_a_database_locked_for_long_holds_no_turn_up(tmp_path: Path) -> None:
         assert daemon.starts[-1] == (later, True, daemon.base / "workspace" / "project")
 
 
+def test_a_database_that_cannot_be_written_for_a_while_breaks_no_turn(tmp_path: Path) -> None:
+    keys = {"API_KEYS": f"{ALICE},{BOB}", "HOST": "127.0.0.1"}
+    with Served(tmp_path, **keys) as daemon:
+        earlier = daemon.answers()
+        daemon.settled()
+        with daemon.short_files(4096):  # the CLI's notes are shorter, a page of the database is not
+            lost = daemon.answers()
+            error = daemon.wait_for_record("store_failed")["error"]
+            assert f"{daemon.state / 'state.sqlite3'} cannot be used: disk I/O error" in error
+            assert "Check the space and the permissions of its directory" in error
+            assert daemon.answers(session_id=earlier) == earlier
+            check_unknown(daemon.ask(session_id=lost))
+            daemon.settled()
+        later = daemon.answers(workspace="project")
+        assert daemon.answers(session_id=later) == later
+    assert daemon.records("server_stopped")
+    assert "Traceback" not in daemon.output
+    with Served(tmp_path, **keys) as daemon:
+        for known in (earlier, later):
+            assert daemon.answers(session_id=known) == known
+        assert daemon.starts[-1] == (later, True, daemon.base / "workspace" / "project")
+        check_unknown(daemon.ask(session_id=lost))
+        assert not daemon.records("store_failed")
+    assert processes_with_env(str(tmp_path)) == []
+
+
 def test_a_database_that_is_damaged_while_it_serves_breaks_no_turn(tmp_path: Path) -> None:
     path = tmp_path / "state" / "state.sqlite3"
-    with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1"):
-        pass
+    with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1") as daemon:
+        daemon.answers()  # one that is told to stop as it starts may not have made it yet
     fill(path)
     with Served(tmp_path, API_KEYS=ALICE, HOST="127.0.0.1") as daemon:
         earlier = daemon.answers()

@@ -36,6 +36,8 @@ ALICE, BOB = "sk-alice-0123456789", "sk-bob-0123456789"
 
 NOBODYS = "00000000-1111-4222-8333-444444444444"
 
+NO_SESSION = "There is no such session. Leave the session id out to start a new one."
+
 MB = 1_000_000
 
 CLI = """
@@ -496,19 +498,18 @@ def test_where_nobody_else_can_own_it_an_unknown_session_is_tried(
     before = len(it.starts)
     response = it.ask({"prompt": "go", "session-id": NOBODYS}, **bearer(ALICE))
     assert response.status_code == 404
-    error = response.json()["error"]
-    assert error["code"] == "session_not_found"
+    assert response.json()["error"] == {
+        "message": NO_SESSION,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "session_not_found",
+    }
     assert it.starts[before:] == [NOBODYS]
 
 
 def test_where_it_could_be_anybodys_an_unknown_session_is_a_404(two_keys: Served) -> None:
     refusal = two_keys.refuses({"prompt": "go", "session-id": NOBODYS}, **bearer(ALICE))
-    assert refusal == (
-        404,
-        "session_not_found",
-        "session-id",
-        "There is no such session. Leave the session id out to start a new one.",
-    )
+    assert refusal == (404, "session_not_found", "session-id", NO_SESSION)
 
 
 def test_another_tenants_session_looks_like_none(two_keys: Served) -> None:
@@ -518,6 +519,23 @@ def test_another_tenants_session_looks_like_none(two_keys: Served) -> None:
     assert two_keys.refuses(body, **bearer(BOB)) == unknown
     assert two_keys.refuses({**body, "fork": True}, **bearer(BOB)) == unknown
     assert two_keys.answers(body, **bearer(ALICE)) == session
+
+
+@pytest.mark.parametrize("name", ["open_server", "one_key", "two_keys"])
+def test_a_deleted_session_is_a_404_though_the_cli_still_knows_it(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    it: Served = request.getfixturevalue(name)
+    session = it.answers({"prompt": "go"}, **bearer(ALICE))
+    body = {"prompt": "go", "session-id": session}
+    assert it.answers(body, **bearer(ALICE)) == session
+    with it.daemon.client(headers=bearer(ALICE)) as client:
+        assert client.delete(f"/api/sessions/{session}").json()["deleted"] is True
+    before = it.starts
+    for fields in ({}, {"fork": True}, {"session-id": session.upper()}):
+        refusal = it.refuses({**body, **fields}, **bearer(ALICE))
+        assert refusal == (404, "session_not_found", "session-id", NO_SESSION), fields
+    assert it.starts == before
 
 
 def test_a_session_of_another_workspace_is_a_400_that_names_its_own(open_server: Served) -> None:
