@@ -74,8 +74,8 @@ as seldom as Python does, they would be a million, and some 20 MB, before anybod
 
 _MOMENT = 0.01
 """
-Seconds for which it may wait to tell the log and the database that a turn starts: it is written
-while the agent thinks, not while the agent waits.
+Seconds for which it may wait to tell the log that a turn starts: it is written while the agent
+thinks, not while the agent waits.
 """
 
 _THREADS = 4
@@ -252,7 +252,7 @@ class _Builder:
     def build(self, endpoint: IStreamServerEndpoint, observer: ILogObserver | None) -> ProxyService:
         settings, reactor = self._settings, self._reactor
         lock = self._lock_state()
-        later = partial(reactor.callLater, _MOMENT)
+        later = partial(reactor.callLater, 0)  # when the turn's message, or answer, is on its way
         path = settings.state_path / "state.sqlite3" if lock else None
         store = Store(path, reactor, later=later)
         book = SessionBook(store, adopt_unknown=len(settings.keys) <= 1)
