@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
+from twisted.internet.abstract import FileDescriptor
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost, ProcessDone, ProcessTerminated
 from twisted.internet.interfaces import IProcessProtocol
@@ -22,6 +24,7 @@ from claude_proxy.cli.control import ControlAnswer
 from claude_proxy.cli.events import Event
 from claude_proxy.cli.outcomes import Ending
 from claude_proxy.cli.process import POLITE_WAIT, AgentProcess
+from claude_proxy.descriptors import TWISTED_READS
 from claude_proxy.interfaces import IAgentListener
 from tests.descriptors import EVERYTHING, Socket
 
@@ -349,6 +352,64 @@ def test_what_is_written_is_in_the_pipe_at_once_and_in_order(child: Child) -> No
     pipe.room = EVERYTHING
     pipe.doWrite()
     assert b"".join(pipe.pieces) == b'{"n":1}\n{"n":2}\n{"n":3}\n'
+
+
+class Stdout(FileDescriptor):
+    """The reading end of a real pipe, as Twisted has it."""
+
+    def __init__(self) -> None:
+        super().__init__(cast(Any, None))
+        self.connected = 1
+        self.end, self.written = os.pipe()
+        os.set_blocking(self.end, False)
+
+    def fileno(self) -> int:
+        return self.end
+
+
+@pytest.fixture(name="stdout")
+def _stdout() -> Iterator[Stdout]:
+    stdout = Stdout()
+    yield stdout
+    os.close(stdout.end)
+    with suppress(OSError):
+        os.close(stdout.written)
+
+
+EVENT = b'{"type":"system","n":"%s"}\n' % (b"x" * 100)
+
+
+def test_what_a_pipe_holds_beyond_what_twisted_reads_is_read_at_once(
+    child: Child, stdout: Stdout
+) -> None:
+    child.pipes[1] = stdout
+    said = EVENT * 400
+    first = said[:TWISTED_READS]
+    os.write(stdout.written, said[TWISTED_READS:])
+    child.agent.outReceived(first)
+    assert child.listener.batches == [["system"] * 400]
+    with pytest.raises(BlockingIOError):
+        os.read(stdout.end, 1)
+
+
+@pytest.mark.parametrize("end", ["empty", "closed", "lost"])
+def test_a_pipe_may_hold_no_more(child: Child, stdout: Stdout, end: str) -> None:
+    child.pipes[1] = stdout
+    if end == "closed":
+        os.close(stdout.written)
+    elif end == "lost":
+        stdout.connected = 0
+        os.write(stdout.written, EVENT)
+    said = (EVENT * 400)[:TWISTED_READS]
+    child.agent.outReceived(said)
+    assert child.listener.batches == [["system"] * said.count(b"\n")]
+
+
+def test_a_short_read_was_all_there_was(child: Child, stdout: Stdout) -> None:
+    child.pipes[1] = stdout
+    os.write(stdout.written, EVENT)
+    child.agent.outReceived(EVENT)
+    assert child.listener.batches == [["system"]]
 
 
 def test_a_pipe_that_nobody_reads_any_more_is_left_to_the_reactor(child: Child) -> None:

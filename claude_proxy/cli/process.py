@@ -27,13 +27,16 @@ from claude_proxy.cli.events import Event, parse_event, salvage_event
 from claude_proxy.cli.framing import LineFramer, LineTooLongError
 from claude_proxy.cli.lifecycle import Action, Input, Lifecycle, State
 from claude_proxy.cli.outcomes import Ending
-from claude_proxy.descriptors import send_now
+from claude_proxy.descriptors import TWISTED_READS, read_on, send_now
 from claude_proxy.interfaces import IAgentListener
 
 __all__ = ["POLITE_WAIT", "AgentProcess"]
 
 POLITE_WAIT = 1.0
 """Seconds that every rung of the ladder but TERM waits for the process to go."""
+
+_READ_ON = 64 * 1024 - TWISTED_READS
+"""How many bytes more than Twisted does are read of stdout at a time: all that a pipe holds."""
 
 _STDERR_KEPT = 64 * 1024
 """How many of the last bytes of stderr are kept for the error message."""
@@ -126,8 +129,7 @@ class AgentProcess(ProcessProtocol):
         """Write to its stdin; a process that is gone takes nothing any more."""
         if self.transport is None or self.ended:
             return
-        pipes: dict[int, object] = getattr(self.transport, "pipes", {})
-        sent = send_now(pipes.get(0), data)
+        sent = send_now(self._pipe(0), data)
         if sent < len(data):
             self.transport.write(data[sent:])
 
@@ -187,6 +189,8 @@ class AgentProcess(ProcessProtocol):
         self._was_heard()
         if self._fault is not None:
             return
+        if len(data) >= TWISTED_READS:
+            data += read_on(self._pipe(1), _READ_ON)
         try:
             lines = self._framer.feed(data)
         except LineTooLongError:
@@ -312,9 +316,12 @@ class AgentProcess(ProcessProtocol):
                 return
         self._happened(Input.TIMEOUT)
 
+    def _pipe(self, number: int) -> Any:
+        """Our end of the pipe that is this descriptor of its; None if that is closed."""
+        return getattr(self.transport, "pipes", {}).get(number)
+
     def _stdout(self, method: str) -> None:
-        pipes: dict[int, _Pipe] = getattr(self.transport, "pipes", {})
-        pipe = pipes.get(1)
+        pipe: _Pipe | None = self._pipe(1)
         if pipe is not None:
             getattr(pipe, method)()
 
