@@ -82,6 +82,36 @@ def test_a_live_turn_looks_like_one_with_a_process_of_its_own(
     assert told[0] == told[1]
 
 
+def test_live_turns_that_go_wrong_look_like_those_with_processes_of_their_own(
+    claude_new: Claude, start_server: StartServer
+) -> None:
+    told = []
+    for env, name in (({}, "live"), ({"LIVE_SESSIONS": "0"}, "alone")):
+        server = start_server(claude_new, env, name=name)
+        session = server.ask("[[text one]]").session_id
+        denied = [server.ask(TOUCH, session_id=session) for _ in range(2)]
+        failed = server.ask("[[error 400]]", session_id=session)
+        after = server.ask("[[text two]]", session_id=session)
+        refused = server.ask("[[error 529]]", session_id=session, stream=False)
+        is_kept = name == "live"
+        assert [is_live(server, answer) for answer in (*denied, failed)] == [is_kept] * 3
+        # A process whose turn failed does not stay.
+        assert [is_live(server, answer) for answer in (after, refused)] == [False, is_kept]
+        figures = ("num_turns", "usage", "subtype", "is_error", "result")
+        told.append(
+            [
+                [len(answer.result["permission_denials"]) for answer in denied],
+                [
+                    (shape(answer), {name: answer.result[name] for name in figures})
+                    for answer in (*denied, failed, after)
+                ],
+                (refused.status, refused.error),
+            ]
+        )
+    assert told[0][0] == [1, 1]
+    assert told[0] == told[1]
+
+
 def test_a_tool_that_was_allowed_once_is_not_allowed_for_ever(new_server: Server) -> None:
     session = new_server.ask("[[text one]]", workspace=f"w-{uuid4()}").session_id
     allowed = new_server.ask(TOUCH, session_id=session, allowed_tools=["Bash(touch *)"])
