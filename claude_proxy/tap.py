@@ -51,10 +51,11 @@ from claude_proxy.settings import (
 from claude_proxy.web.api import JSON_PATHS, PUBLIC_PATHS, Api, ChatRules
 from claude_proxy.web.auth import Authenticator, Origins
 from claude_proxy.web.connections import connections_that_fit
+from claude_proxy.web.gate import Gate
 from claude_proxy.web.health import Check, HealthReport, check_cli, check_mcp, check_workspace
 from claude_proxy.web.logs import make_observer, open_log_file
 from claude_proxy.web.metrics import Metrics, RouteNames
-from claude_proxy.web.site import Gate, ProxySite
+from claude_proxy.web.site import ProxySite
 
 __all__ = ["Options", "makeService"]
 

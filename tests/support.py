@@ -25,7 +25,9 @@ from claude_proxy.errors import ProxyError
 from claude_proxy.interfaces import ISessionControl
 from claude_proxy.sessions.store import Store
 from claude_proxy.web.auth import Authenticator, Origins
-from claude_proxy.web.site import Gate, ProxyRequest, ProxySite
+from claude_proxy.web.gate import Gate
+from claude_proxy.web.request import ProxyRequest
+from claude_proxy.web.site import ProxySite
 from tests.secrecy import SECRETS
 
 __all__ = [

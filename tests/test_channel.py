@@ -19,7 +19,8 @@ from claude_proxy.web.bodies import SMALL_BODY, Bodies
 from claude_proxy.web.channel import HEAD_TIME, IDLE_TIME, LINGER, ProxyChannel
 from claude_proxy.web.connections import Connections
 from claude_proxy.web.guesses import FORGIVEN
-from claude_proxy.web.site import ProxyRequest, ProxySite, prepare_json
+from claude_proxy.web.request import ProxyRequest, prepare_json
+from claude_proxy.web.site import ProxySite
 from tests.support import Answer, Connection, KeptRequests, encode_request, open_site
 
 KEY = "sk-alice-0123456789"

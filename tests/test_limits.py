@@ -13,7 +13,7 @@ from twisted.internet.testing import MemoryReactor
 from claude_proxy import tap
 from claude_proxy.dialects import barejson, completion
 from claude_proxy.settings import SETTINGS
-from claude_proxy.web import bodies, channel, connections, guesses, site
+from claude_proxy.web import bodies, channel, connections, guesses, request, site
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PAGE = (_ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ VALUES = {
     "Request line and headers": f"{channel.ProxyChannel.totalHeadersSize} bytes",
     "What is no HTTP": "",
     "Time for a body": (
-        f"{site._BODY_TIME:g} s, and one more for each {site._BODY_RATE} bytes that have come"
+        f"{request._BODY_TIME:g} s, and one more for each {request._BODY_RATE} bytes that have come"
     ),
     "One body": f"`MAX_BODY_BYTES` ({_DEFAULTS['MAX_BODY_BYTES']})",
     "All [larger bodies]": f"`MAX_BODIES_BYTES` ({_DEFAULTS['MAX_BODIES_BYTES']})",

@@ -33,7 +33,8 @@ from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
 import claude_proxy
-from claude_proxy.web.logs import level_of, make_observer, mask_key, open_log_file
+from claude_proxy.web.logline import level_of
+from claude_proxy.web.logs import make_observer, mask_key, open_log_file
 
 NOON = 1_795_348_800.0456  # 2026-11-22 12:00:00 UTC
 SECRET = 'sk-ant-"quoted"\\back\nslash-é'

@@ -17,7 +17,8 @@ from twisted.web.resource import Resource
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.settings import ApiKey
 from claude_proxy.web.auth import Authenticator, Origins
-from claude_proxy.web.site import ProxyRequest, ProxySite, prepare_error, prepare_json
+from claude_proxy.web.request import ProxyRequest, prepare_error, prepare_json
+from claude_proxy.web.site import ProxySite
 from tests.support import Answer, Connection, KeptRequests, encode_request, open_site
 
 KEY = "sk-alice-0123456789"

@@ -30,11 +30,7 @@ from claude_proxy.sessions.turns import TurnRequest
 from claude_proxy.web import openapi
 from claude_proxy.web.health import HealthReport
 from claude_proxy.web.metrics import CONTENT_TYPE, Metrics
-from claude_proxy.web.site import (
-    ProxyRequest,
-    prepare_error,
-    prepare_json,
-)
+from claude_proxy.web.request import ProxyRequest, prepare_error, prepare_json
 from claude_proxy.web.stream import EventStream, WholeAnswer
 
 __all__ = ["JSON_PATHS", "PUBLIC_PATHS", "Api", "ChatRules"]

@@ -40,7 +40,7 @@ from claude_proxy import __version__
 from claude_proxy.cli.outcomes import Ending, OutcomeKind
 from claude_proxy.errors import Failure
 from claude_proxy.sessions.context import RunContext
-from claude_proxy.web.site import canonical_path
+from claude_proxy.web.gate import canonical_path
 
 __all__ = ["CONTENT_TYPE", "LagMeter", "Metrics", "Route", "RouteNames"]
 

@@ -23,7 +23,7 @@ from twisted.python.failure import Failure as TwistedFailure
 from zope.interface import implementer
 
 from claude_proxy.web.direct import DirectConnection
-from claude_proxy.web.site import ProxyRequest
+from claude_proxy.web.request import ProxyRequest
 
 __all__ = ["Outlet"]
 

@@ -19,7 +19,7 @@ from claude_proxy.cli.outcomes import Outcome
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.interfaces import IFramer, IRunningTurn, ITurnObserver, IWholeAnswer
 from claude_proxy.web.outlet import Outlet
-from claude_proxy.web.site import ProxyRequest, prepare_error, prepare_json
+from claude_proxy.web.request import ProxyRequest, prepare_error, prepare_json
 
 __all__ = ["EventStream", "WholeAnswer"]
 

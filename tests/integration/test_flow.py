@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from claude_proxy.cli.process import AgentProcess
-from claude_proxy.web.site import ProxyRequest
+from claude_proxy.web.request import ProxyRequest
 from tests.integration.server import (
     Running,
     in_thread,

@@ -20,7 +20,7 @@ import pytest
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from zope.interface import provider
 
-from claude_proxy.web import channel, site
+from claude_proxy.web import channel, request
 from claude_proxy.web.bodies import SMALL_BODY
 from claude_proxy.web.guesses import FORGIVEN
 from tests.certificates import make_certificate
@@ -47,7 +47,7 @@ leave()
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nobody wait long."""
     monkeypatch.setattr(channel, "LINGER", 0.3)
-    monkeypatch.setattr(site, "LINGER", 0.3)
+    monkeypatch.setattr(request, "LINGER", 0.3)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ import pytest
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 
 from claude_proxy.dialects.native import NativeRequest
-from claude_proxy.web import site
+from claude_proxy.web import request
 from tests.e2e.daemon import Daemon, children_of, sse_events, wait_until
 from tests.integration.server import Running, in_thread, serving, until, write_cli
 from tests.support import Answer, encode_request, in_reactor, parse_answers
@@ -717,8 +717,8 @@ async def test_a_body_slower_than_the_limit_is_a_408(
             except TimeoutError:
                 client.sendall(b" ")
 
-    monkeypatch.setattr(site, "_BODY_TIME", 0.4)
-    monkeypatch.setattr(site, "LINGER", 0.2)
+    monkeypatch.setattr(request, "_BODY_TIME", 0.4)
+    monkeypatch.setattr(request, "LINGER", 0.2)
     async with serving(tmp_path, CLI) as server:
         await until(lambda: server.executor.context.probe._known, "the CLI is known")
         descriptors = count_descriptors(os.getpid())
