@@ -212,6 +212,18 @@ def test_a_large_repository_is_too_much(place: Place) -> None:
     assert place.stamp() is None
 
 
+def test_what_is_installed_in_a_repository_is_no_part_of_it(place: Place) -> None:
+    place.write("base/.git/HEAD")
+    place.write("base/.venv/pyvenv.cfg")
+    for folder in (".venv", "node_modules", "__pycache__"):
+        for number in range(ENTRY_LIMIT):
+            place.write(f"base/{folder}/{number}")
+    before = place.stamp()
+    assert before is not None
+    place.write("base/.venv/one_more")
+    assert place.stamp() == before
+
+
 def test_links_in_a_repository_are_not_followed(place: Place) -> None:
     place.write("base/.git/HEAD")
     target = place.write("elsewhere/file")

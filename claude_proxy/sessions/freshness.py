@@ -32,7 +32,10 @@ _DEPTH_LIMIT = 5
 _INSTRUCTIONS = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md")
 _SETTINGS = ("settings.json", "settings.local.json", "CLAUDE.md")
 _EXTENSIONS = ("agents", "commands", "output-styles", "rules", "skills")
-_LEFT_OUT = frozenset({".git", "node_modules", "worktrees"})
+_LEFT_OUT = frozenset({".git", "__pycache__", "node_modules", "worktrees"})
+_VIRTUALENV = "pyvenv.cfg"
+"""What marks a folder that nobody keeps in a repository, and that has thousands of files."""
+
 _GIT_FILES = ("HEAD", "config", "index", "info/exclude", "logs/HEAD", "packed-refs")
 _MANAGED = (Path("/etc/claude-code"), Path("/Library/Application Support/ClaudeCode"))
 
@@ -130,6 +133,8 @@ def _walk(folder: str, depth: int, *, follow: bool) -> Iterator[str]:
         except OSError:
             if os.path.lexists(place):
                 yield place  # it cannot be read, or is no folder
+            continue
+        if any(entry.name == _VIRTUALENV for entry in entries):
             continue
         for entry in entries:
             yield entry.path
