@@ -274,7 +274,8 @@ def test_in_the_background_too_a_taken_port_is_told_and_leaves_no_pidfile(
     assert started.returncode == 1
     assert "Address already in use: claude-proxy cannot listen on" in started.stderr
     assert "Traceback" not in started.stderr
-    assert not daemon.pidfile.exists()
+    # Twistd tells the terminal first, and then takes its file away.
+    wait_until(lambda: not daemon.pidfile.exists(), "no pidfile is left")
 
 
 def test_in_the_background_too_bad_settings_are_told(tmp_path: Path) -> None:

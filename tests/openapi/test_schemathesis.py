@@ -19,7 +19,7 @@ from tests.e2e.daemon import Daemon
 
 _HERE = Path(__file__).parent
 _KEY = "sk-schemathesis-0123456789"
-_SECONDS = 100
+_SECONDS = 60
 _EXAMPLES = 30
 _CASES_PER_EXAMPLE = 10  # as measured; more cases are made from the schemas alone
 _LEAST = 100
