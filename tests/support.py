@@ -31,6 +31,7 @@ from claude_proxy.web.site import ProxySite
 from tests.secrecy import SECRETS
 
 __all__ = [
+    "TURN_FIELDS",
     "Answer",
     "Connection",
     "FakeChild",
@@ -44,6 +45,17 @@ __all__ = [
     "parse_answers",
     "result_of",
 ]
+
+TURN_FIELDS: dict[str, Any] = {
+    "workspace": "project",
+    "system-prompt": "You are a test.",
+    "dangerously-skip-permissions": True,
+    "allowed-tools": ["Bash(git *)", "Edit"],
+    "disallowed-tools": ["WebFetch"],
+    "mcp-allowed-tools": ["mcp__github__get_repo"],
+    "append-system-prompt": "Be brief.",
+}
+"""What a turn may ask for in either dialect, as JSON."""
 
 _P = ParamSpec("_P")
 

@@ -14,6 +14,7 @@ from claude_proxy.dialects import chat, history
 from claude_proxy.dialects.sampling import IGNORED_FIELDS, REFUSED_FIELDS, USED_FIELDS
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.turns import Message, TurnRequest
+from tests.support import TURN_FIELDS
 
 SESSION = "AAAAAAAA-bbbb-4ccc-8ddd-EEEEEEEEEEEE"
 OTHER = "11111111-2222-4333-8444-555555555555"
@@ -102,13 +103,7 @@ def test_every_field_reaches_the_turn() -> None:
         conversation="chat-1",
         claude={
             "session-id": SESSION,
-            "workspace": "project",
-            "system-prompt": "You are a test.",
-            "dangerously-skip-permissions": True,
-            "allowed-tools": ["Bash(git *)", "Edit"],
-            "disallowed-tools": ["WebFetch"],
-            "mcp-allowed-tools": ["mcp__github__get_repo"],
-            "append-system-prompt": "Be brief.",
+            **TURN_FIELDS,
             "model": "opus",
             "permission-mode": "plan",
             "effort": "max",

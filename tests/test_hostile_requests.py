@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.logger import capturedLogs
 
-from tests.support import Answer, Connection, parse_answers
+from tests.support import TURN_FIELDS, Answer, Connection, parse_answers
 from tests.test_api import KEY, World
 
 SECONDS = 2.0
@@ -211,13 +211,7 @@ PIXEL = base64.b64encode(
 NATIVE: dict[str, Any] = {
     "prompt": "hello",
     "session-id": "aaaaaaaa-0000-4000-8000-000000000000",
-    "workspace": "project",
-    "system-prompt": "You are a test.",
-    "dangerously-skip-permissions": True,
-    "allowed-tools": ["Bash(git *)", "Edit"],
-    "disallowed-tools": ["WebFetch"],
-    "mcp-allowed-tools": ["mcp__github__get_repo"],
-    "append-system-prompt": "Be brief.",
+    **TURN_FIELDS,
     "model": "opus",
     "permission-mode": "plan",
     "effort": "high",

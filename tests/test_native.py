@@ -13,19 +13,14 @@ from hypothesis import strategies as st
 from claude_proxy.dialects import native
 from claude_proxy.errors import Failure, ProxyError
 from claude_proxy.sessions.turns import TurnRequest
+from tests.support import TURN_FIELDS
 
 SESSION = "AAAAAAAA-bbbb-4ccc-8ddd-EEEEEEEEEEEE"
 
 FIELDS: dict[str, Any] = {
     "prompt": "say\nhello \N{GRINNING FACE}",
     "session-id": SESSION,
-    "workspace": "project",
-    "system-prompt": "You are a test.",
-    "dangerously-skip-permissions": True,
-    "allowed-tools": ["Bash(git *)", "Edit"],
-    "disallowed-tools": ["WebFetch"],
-    "mcp-allowed-tools": ["mcp__github__get_repo"],
-    "append-system-prompt": "Be brief.",
+    **TURN_FIELDS,
     "model": "claude-opus-4-1@20250805[1m]",
     "permission-mode": "plan",
     "effort": "high",

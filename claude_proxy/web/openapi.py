@@ -47,7 +47,7 @@ _HEADERS: Mapping[str, Mapping[str, Any]] = {
         "schema": {"type": "string"},
     },
     "X-Should-Retry": {
-        "description": "For SDKs: do not repeat by yourself what took long or changed files.",
+        "description": "For SDKs: do not repeat what took long, changed files or was interrupted.",
         "schema": {"type": "string", "const": "false"},
     },
     "Retry-After": {
